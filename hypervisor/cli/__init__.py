@@ -1,0 +1,84 @@
+"""The `hv` command: argv to a verb, errors to a line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Final
+
+from hypervisor.errors import VmmError
+
+VERBS: Final = ("run", "check", "kernel", "initramfs")
+FAULT: Final = 5
+DESCRIPTION: Final = "A virtual machine monitor on KVM: runs unmodified kernels, answers their exits in Python."
+EPILOG: Final = """\
+examples:
+  hv check                      what this host can run, and what is missing
+  hv kernel get debian          fetch the distribution's stock kernel
+  hv run debian                 boot it to a shell on this terminal (Ctrl-A x ends)
+  hv run vmlinux --initrd root.cpio --append "console=ttyS0 quiet" --cpus 4 --ram 1024
+
+exit status of `hv run`: 0 power-off or reset, 2 bad usage or image, 3 the host cannot, 4 the guest died, 5 a fault of
+hv, 124 timeout, 128+N signal N, else the guest's own.
+"""
+
+
+def print_error(error: BaseException) -> None:
+    """Print an error with its chain of causes on one line, and its hint on the next."""
+    parts = []
+    link: BaseException | None = error
+    while link is not None:
+        text = str(link) or type(link).__name__
+        if not any(text in part or getattr(link, "strerror", None) and link.strerror in part for part in parts):
+            parts.append(text)
+        link = link.__cause__
+    print(f"hv: {': '.join(parts)}", file=sys.stderr)
+    hint = getattr(error, "hint", None)
+    if hint:
+        print(f"    {hint}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `hv` with these arguments (by default the process's own) and return its exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    import argparse
+
+    # only the verb that is asked for is imported; all of them are for --help and for a wrong word
+    wanted = [arguments[0]] if arguments and arguments[0] in VERBS else list(VERBS)
+    parser = argparse.ArgumentParser(
+        prog="hv", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and end")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    for verb in wanted:
+        module = import_module(f"hypervisor.cli.{verb}")
+        sub = verbs.add_parser(
+            verb,
+            help=module.SUMMARY,
+            description=getattr(module, "DESCRIPTION", module.SUMMARY),
+            epilog=getattr(module, "EPILOG", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.configure(sub)
+        sub.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"hv {version('trapvisor')}")
+        return 0
+    if options.verb is None:
+        parser.print_help()
+        return 2
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except VmmError as error:
+        print_error(error)
+        return error.status
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment] # the reader of our output is gone: nothing is left to say
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    return status

@@ -1,0 +1,186 @@
+"""`hv run`: a machine on this terminal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+from hypervisor.cli.hostconsole import KINDS, HostConsole
+from hypervisor.config import MachineConfig
+from hypervisor.errors import ConfigError
+from hypervisor.machine import Machine
+from hypervisor.outcome import Outcome, Stop
+
+if TYPE_CHECKING:
+    import argparse
+    from types import FrameType
+
+SUMMARY: Final = "run a guest, its console on this terminal"
+DESCRIPTION: Final = """\
+Run a guest on KVM. KERNEL is a bzImage, an ELF vmlinux (64-bit entry or PVH), a multiboot image, a flat binary, or the
+name of a kernel of `hv kernel list`. What it is is told by its content.
+
+On the terminal: Ctrl-A x ends the guest, Ctrl-A h lists the other keys. SIGTERM presses the guest's power button, a
+second SIGTERM ends it."""
+EPILOG: Final = """\
+examples:
+  hv run debian
+  hv run bzImage --initrd root.cpio.gz --append "console=ttyS0 quiet" --ram 1G --cpus 4
+  hv run vmlinux --cpu host,-x2apic --console file=boot.log --timeout 60
+  hv run kernel.elf --module "ramdisk.img ro" --debug-exit raw
+
+exit status: 0 power-off, reset or halt; 2 bad usage, configuration or image; 3 the host cannot; 4 the guest died
+(triple fault, kernel panic, KVM internal error); 5 a fault of hv; 124 timeout; 128+N signal N; else the guest's own.
+"""
+UNITS: Final = {"m": 1, "mib": 1, "g": 1024, "gib": 1024, "": 1}
+TIMEOUT_STATUS: Final = 124
+RUN_KEYS: Final = {"console": str, "timeout": (int, float), "log_level": str, "log_format": str}
+"""Keys of a configuration file beside those of MachineConfig."""
+
+
+def parse_ram(text: str) -> int:
+    """Return MiB from "256", "512M" or "4G"."""
+    digits = text.rstrip("GgMmIiBb")
+    unit = text[len(digits) :].lower()
+    if not digits.isdecimal() or unit not in UNITS:
+        raise ConfigError(f"--ram {text!r}", hint="it is a number of MiB, or one with a unit: 256, 512M, 4G")
+    return int(digits) * UNITS[unit]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `hv run`."""
+    add = parser.add_argument
+    add("kernel", nargs="?", metavar="KERNEL", help="image file, or the name of a kernel of `hv kernel list`")
+    add("--initrd", metavar="FILE", help="initial RAM disk")
+    add("--append", metavar="STRING", help="the kernel's command line")
+    add("--module", dest="modules", action="append", metavar='"FILE [ARGS]"', help="multiboot module; repeatable")
+    add("--ram", metavar="MIB", help="RAM: MiB, or with a unit as in 4G (default 256)")
+    add("--cpus", type=int, metavar="N", help="number of vCPUs (default 1)")
+    add("--cpu", metavar="SPEC", help="CPU model: host, then ,-FEATURE or ,+FEATURE (default host)")
+    add("--flat", type=int, metavar="BITS", help="KERNEL is a flat binary for 16-, 32- or 64-bit mode")
+    add("--decompress", metavar="WHO", help="who unpacks a bzImage: guest (default) or host")
+    add("--protocol", metavar="NAME", help="entry of an ELF kernel: auto (default), linux64 or pvh")
+    add("--irqchip", metavar="KIND", help="kernel (default), or none: no interrupts, and HLT ends the run")
+    add("--debug-exit", metavar="HOW", help="status of `out 0xf4, v`: qemu (default) gives (v<<1)|1, raw gives v")
+    add("--console", metavar="WHERE", help=f"{KINDS} (default stdio)")
+    add("--timeout", type=float, metavar="SECONDS", help="end the guest after this time, with status 124")
+    add("--log-level", metavar="LEVEL", help="debug, info, warning (default) or error: events of hv on stderr")
+    add("--log-format", metavar="FORMAT", help="console (default) or json")
+    add("--config", metavar="FILE.toml", help="take all of this from a file; options given here win")
+    add("--force", action="store_true", default=None, help="try a Linux kernel on a software KVM all the same")
+
+
+def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str, Any]]:
+    """Merge the configuration file and the options into a machine's description and the run's own settings."""
+    values: dict[str, Any] = {}
+    source = "the command line"
+    if options.config is not None:
+        source = options.config
+        values = _read_toml(source)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    for name in ("verb", "run", "version", "config"):
+        given.pop(name, None)
+    if "ram" in given:
+        given["ram_mib"] = parse_ram(given.pop("ram"))
+    values |= given
+    settings = {"console": "stdio", "timeout": None, "log_level": "warning", "log_format": "console"}
+    for key, kind in RUN_KEYS.items():
+        if key in values:
+            if not isinstance(values[key], kind) or isinstance(values[key], bool):
+                raise ConfigError(f"{source}: {key} is {values[key]!r}", hint="`hv run --help` tells what it takes")
+            settings[key] = values.pop(key)
+    if settings["timeout"] is not None and settings["timeout"] <= 0:
+        raise ConfigError(f"timeout is {settings['timeout']:g}", hint="it is a number of seconds above 0")
+    if "kernel" not in values and source == "the command line":
+        raise ConfigError("no kernel is named", hint="hv run KERNEL; `hv kernel list` shows those that have a name")
+    return MachineConfig.from_mapping(values, source), settings
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+class Signals:
+    """Turns the process's signals into the machine's end while a run lasts."""
+
+    HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+    def __init__(self, machine: Machine) -> None:
+        """Handle signals for `machine`."""
+        self._machine = machine
+        self._asked = False
+        self._saved = {number: signal.signal(number, self._handle) for number in self.HANDLED}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if number == signal.SIGTERM and not self._asked:
+            self._asked = True
+            self._machine.press_power_button()
+            return
+        name = signal.Signals(number).name
+        self._machine.end(Outcome(Stop.KILLED, status=128 + number, message=f"ended by {name}"))
+
+    def restore(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._saved.items():
+            signal.signal(number, handler)
+
+
+def configure_logging(level: str, style: str) -> None:
+    """Let events of `level` and above go to stderr, as lines or as JSON objects."""
+    from devices import events
+
+    if level not in events.LEVELS:
+        raise ConfigError(f"log level {level!r}", hint=f"it is one of: {', '.join(events.LEVELS)}")
+    if style not in {"console", "json"}:
+        raise ConfigError(f"log format {style!r}", hint="it is console or json")
+    events.set_level(level)
+    events.set_format(style)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a guest to its end and return the exit status."""
+    config, settings = load_settings(options)
+    configure_logging(settings["log_level"], settings["log_format"])
+    console = HostConsole(settings["console"])
+    try:
+        with Machine(config) as machine:
+            console.enter_raw_mode()
+            console.attach(machine)
+            signals = Signals(machine)
+            try:
+                machine.start()
+                outcome = _wait(machine, settings["timeout"])
+            finally:
+                signals.restore()
+    finally:
+        lost = console.close()
+    _report(outcome, console, lost)
+    return outcome.status
+
+
+def _wait(machine: Machine, timeout: float | None) -> Outcome:
+    try:
+        return machine.wait(timeout)
+    except TimeoutError:
+        message = f"timeout: the guest still ran after {timeout:g} s"
+        return machine.kill(Outcome(Stop.KILLED, status=TIMEOUT_STATUS, message=message))
+
+
+def _report(outcome: Outcome, console: HostConsole, lost: int) -> None:
+    if lost and outcome.reason is not Stop.OUTPUT_LOST:
+        print(f"hv: {lost} bytes of console output were lost: {console.target} did not take them", file=sys.stderr)
+    if outcome.status == 0 or outcome.reason is Stop.GUEST_EXIT or not outcome.message:
+        return
+    print(f"hv: {outcome.message}", file=sys.stderr)
+    if outcome.detail:
+        print(outcome.detail, file=sys.stderr)

@@ -1,0 +1,134 @@
+"""What a machine is made of: checked at birth, units in the names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hypervisor.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+    from typing import Any
+
+MIN_RAM_MIB: Final = 1
+MAX_RAM_MIB: Final = 1 << 20
+CHOICES: Final = {
+    "flat": (None, 16, 32, 64),
+    "decompress": ("guest", "host"),
+    "protocol": ("auto", "linux64", "pvh"),
+    "irqchip": ("kernel", "none"),
+    "debug_exit": ("qemu", "raw"),
+}
+
+
+
+
+class MachineConfig:
+    """A machine, described. Immutable; every value is checked here, so that a Machine gets none that is wrong.
+
+    Attributes:
+        kernel: path of a kernel image (bzImage, ELF, multiboot, flat), the image itself as bytes, or the name of a
+            kernel of `hv kernel list`.
+        initrd: path of an initial RAM disk, or None.
+        append: the kernel's command line; None takes the default of a kernel that is named, else an empty one.
+        modules: multiboot modules, "PATH" or "PATH STRING" each.
+        ram_mib: guest RAM in MiB.
+        cpus: number of vCPUs.
+        cpu: CPU model: "host", then ",+FEATURE" and ",-FEATURE" as often as wanted.
+        flat: 16, 32 or 64: the kernel is a flat binary for that mode. None looks at its content.
+        decompress: who unpacks a bzImage, "guest" or "host".
+        protocol: entry of an ELF kernel that has several: "auto", "linux64", "pvh".
+        irqchip: "kernel" for KVM's interrupt controllers and PIT; "none" for a machine without: there HLT ends it.
+        debug_exit: status when the guest writes v to port 0xf4: "qemu" gives (v << 1) | 1, "raw" gives v.
+        force: try a Linux kernel on a software KVM all the same.
+    """
+
+    __slots__ = (
+        *("append", "cpu", "cpus", "debug_exit", "decompress", "flat", "force", "initrd"),
+        *("irqchip", "kernel", "modules", "protocol", "ram_mib"),
+    )
+
+    def __init__(  # noqa: PLR0913 - a machine is these facts, all of them by name
+        self,
+        kernel: str | PathLike[str] | bytes,
+        *,
+        initrd: str | PathLike[str] | None = None,
+        append: str | None = None,
+        modules: tuple[str, ...] = (),
+        ram_mib: int = 256,
+        cpus: int = 1,
+        cpu: str = "host",
+        flat: int | None = None,
+        decompress: str = "guest",
+        protocol: str = "auto",
+        irqchip: str = "kernel",
+        debug_exit: str = "qemu",
+        force: bool = False,
+    ) -> None:
+        """Check and keep the description; raises ConfigError naming the value that is wrong."""
+        values = locals()
+        for name in self.__slots__:
+            object.__setattr__(self, name, values[name])
+        _check_number("ram_mib", ram_mib, MIN_RAM_MIB, MAX_RAM_MIB, "MiB")
+        _check_number("cpus", cpus, 1, 1024, "vCPUs")
+        for name, choices in CHOICES.items():
+            if values[name] not in choices:
+                wanted = ", ".join(str(choice) for choice in choices if choice is not None)
+                raise ConfigError(f"{name} is {values[name]!r}", hint=f"it is one of: {wanted}")
+        if irqchip == "none" and cpus > 1:
+            raise ConfigError("irqchip none allows one vCPU only", hint="the others are started through their LAPICs")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse: a description is for good; `replace` makes another."""
+        raise AttributeError(f"MachineConfig is immutable; use replace({name}=...)")
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__ if name != "kernel")
+        kernel = f"<{len(self.kernel)} bytes>" if isinstance(self.kernel, bytes) else repr(self.kernel)
+        return f"MachineConfig({kernel}, {shown})"
+
+    def replace(self, **changes: Any) -> MachineConfig:
+        """Return a copy with some values changed, checked again."""
+        return MachineConfig(**{name: getattr(self, name) for name in self.__slots__} | changes)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> MachineConfig:
+        """Build a config from a TOML table; `source` names the file in errors.
+
+        Raises:
+            ConfigError: an unknown key or a value of the wrong type.
+        """
+        known = {name: _TYPES[name] for name in cls.__slots__}
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r}", hint=f"known keys: {', '.join(sorted(known))}")
+            if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is int):
+                raise ConfigError(f"{source}: {key} is {value!r}", hint=f"it takes a {known[key].__name__}")
+        if "kernel" not in values:
+            raise ConfigError(f"{source}: no kernel is named", hint='write kernel = "PATH", or name one on the command line')
+        arguments = dict(values)
+        arguments["modules"] = tuple(arguments.get("modules", ()))
+        return cls(**arguments)
+
+
+_TYPES: Final[dict[str, type]] = {
+    "kernel": str,
+    "initrd": str,
+    "append": str,
+    "modules": list,
+    "ram_mib": int,
+    "cpus": int,
+    "cpu": str,
+    "flat": int,
+    "decompress": str,
+    "protocol": str,
+    "irqchip": str,
+    "debug_exit": str,
+    "force": bool,
+}
+
+
+def _check_number(name: str, value: object, low: int, high: int, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}", hint=f"it is a whole number from {low} to {high} {unit}")

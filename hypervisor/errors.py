@@ -1,0 +1,63 @@
+"""What can go wrong, one family for each culprit. The exit status of `hv` follows from the family.
+
+An error says what its layer knows and never repeats its cause: the top prints the chain.
+"""
+
+from __future__ import annotations
+
+from errno import errorcode
+from os import strerror
+
+__all__ = ["ConfigError", "GuestDied", "HostError", "ImageError", "KvmError", "VmmError"]
+
+
+class VmmError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Attributes:
+        hint: what the user can do about it, or None.
+    """
+
+    status = 5
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Say what is wrong; `hint` says what to do."""
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(VmmError):
+    """The user asked for something that cannot be: an option, a value, a combination."""
+
+    status = 2
+
+
+class ImageError(ConfigError):
+    """A kernel, initrd or module file is not what a boot loader can use. The message names the file or its kind."""
+
+
+class HostError(VmmError):
+    """The host lacks something that this machine needs."""
+
+    status = 3
+
+
+class KvmError(HostError):
+    """The host kernel refused an ioctl.
+
+    Attributes:
+        ioctl: its name, such as "KVM_CREATE_VM".
+        errno: the positive errno value.
+    """
+
+    def __init__(self, ioctl: str, errno: int, *, hint: str | None = None) -> None:
+        """Name the ioctl and what the kernel answered."""
+        super().__init__(f"{ioctl}: {strerror(errno)} ({errorcode.get(errno, errno)})", hint=hint)
+        self.ioctl = ioctl
+        self.errno = errno
+
+
+class GuestDied(VmmError):
+    """The guest can run no further: a triple fault, an internal error of KVM, a kernel panic."""
+
+    status = 4

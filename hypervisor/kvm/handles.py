@@ -1,0 +1,202 @@
+"""The system handle (/dev/kvm) and the VM handle."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from hypervisor.errors import HostError, KvmError
+from hypervisor.kvm._kvm import ffi, lib
+from hypervisor.kvm.ioctls import control, control_value
+from hypervisor.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from hypervisor.kvm.ring import ByteRing
+
+MAX_CPUID_ENTRIES: Final = 256
+MAX_WINDOWS: Final = 256
+MAX_RINGS: Final = lib.HV_RINGS
+
+
+class CpuidEntry(NamedTuple):
+    """One row of a CPUID table: what `function` and `index` (EAX and ECX in) give out."""
+
+    function: int
+    index: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+class Kvm:
+    """The system handle: what this host's KVM can do, and the maker of VMs."""
+
+    def __init__(self, path: str = "/dev/kvm") -> None:
+        """Open the device; raises HostError with a remedy when that fails, KvmError on an unknown API."""
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            hint = "`hv check` says what is missing and how to get it"
+            raise HostError(f"cannot open {path}: {error.strerror}", hint=hint) from error
+        try:
+            version = control_value(self._fd, lib.KVM_GET_API_VERSION)
+        except KvmError as error:
+            self.close()
+            raise HostError(f"{path} is not a KVM device", hint="`hv check` tells what it should be") from error
+        if version != lib.KVM_API_VERSION:
+            self.close()
+            raise HostError(f"{path} speaks KVM API {version}, not {lib.KVM_API_VERSION}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the device; VMs that it made live on."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def check_extension(self, capability: int) -> int:
+        """Return what KVM_CHECK_EXTENSION says of a KVM_CAP_ number: 0 means absent."""
+        return control_value(self._fd, lib.KVM_CHECK_EXTENSION, capability)
+
+    def max_vcpus(self) -> int:
+        """Return how many vCPUs one VM may have here."""
+        return self.check_extension(lib.KVM_CAP_MAX_VCPUS)
+
+    def supported_cpuid(self) -> list[CpuidEntry]:
+        """Return the CPUID table that this host can give a guest (KVM_GET_SUPPORTED_CPUID)."""
+        table = ffi.new("struct kvm_cpuid2 *", {"entries": MAX_CPUID_ENTRIES})
+        table.nent = MAX_CPUID_ENTRIES
+        control(self._fd, lib.KVM_GET_SUPPORTED_CPUID, table)
+        return [
+            CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0 : table.nent]
+        ]
+
+    def create_vm(self) -> Vm:
+        """Make an empty VM."""
+        fd = control_value(self._fd, lib.KVM_CREATE_VM, 0)
+        return Vm(fd, control_value(self._fd, lib.KVM_GET_VCPU_MMAP_SIZE))
+
+
+class Vm:
+    """A VM handle: its memory slots, interrupt controllers and vCPUs, and the table that the run loop decodes by."""
+
+    def __init__(self, fd: int, run_size: int) -> None:
+        """Take over the VM's file descriptor."""
+        os.set_inheritable(fd, False)
+        self._fd = fd
+        self._run_size = run_size
+        self._bus = ffi.gc(lib.hv_bus_new(), lib.hv_bus_free)
+        self._rings: list[ByteRing] = []
+        self.vcpus: list[Vcpu] = []
+
+    def close(self) -> None:
+        """Close the vCPUs, then the VM. Guest memory may be unmapped afterwards."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # --- memory and interrupts ------------------------------------------------------------------------------------
+
+    def set_memory(self, slot: int, gpa: int, size: int, host_address: int) -> None:
+        """Map `size` bytes of this process at `host_address` to guest-physical `gpa` (multiples of the page size)."""
+        region = ffi.new("struct kvm_userspace_memory_region *")
+        region.slot = slot
+        region.guest_phys_addr = gpa
+        region.memory_size = size
+        region.userspace_addr = host_address
+        control(self._fd, lib.KVM_SET_USER_MEMORY_REGION, region)
+
+    def set_intel_pages(self, tss: int, identity_map: int) -> None:
+        """Give KVM the guest pages that VT-x needs to run real mode; elsewhere they are ignored."""
+        control_value(self._fd, lib.KVM_SET_TSS_ADDR, tss)
+        control(self._fd, lib.KVM_SET_IDENTITY_MAP_ADDR, ffi.new("uint64_t *", identity_map))
+
+    def create_irqchip(self) -> None:
+        """Make the in-kernel PIC, IOAPIC and (with each vCPU) LAPIC; to be called before the first vCPU is made."""
+        control_value(self._fd, lib.KVM_CREATE_IRQCHIP)
+
+    def create_pit(self) -> None:
+        """Make the in-kernel 8254, with port 0x61."""
+        pit = ffi.new("struct kvm_pit_config *")
+        pit.flags = lib.KVM_PIT_SPEAKER_DUMMY
+        control(self._fd, lib.KVM_CREATE_PIT2, pit)
+
+    def irq_input(self, gsi: int) -> IrqInput:
+        """Return input `gsi` of the in-kernel interrupt controllers."""
+        return IrqInput(self._fd, gsi)
+
+    # --- vCPUs ----------------------------------------------------------------------------------------------------
+
+    def create_vcpu(self, index: int) -> Vcpu:
+        """Make vCPU `index`, which is also its APIC id; vCPU 0 is the boot processor."""
+        vcpu = Vcpu(index, control_value(self._fd, lib.KVM_CREATE_VCPU, index), self._run_size, self._bus)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    # --- what the run loop answers, and what comes to Python ---------------------------------------------------------
+
+    def claim_ports(self, base: int, size: int) -> None:
+        """Send accesses to these ports to Python; all others are open bus."""
+        for table in (self._bus.pio_in, self._bus.pio_out):
+            for port in range(base, base + size):
+                table[port] = table[port] or lib.HV_PYTHON  # a device may have published a short cut already
+
+    def claim_windows(self, windows: Sequence[tuple[int, int]]) -> None:
+        """Send accesses to these (base, end) address ranges, sorted, to Python; all others are open bus."""
+        for index, (base, end) in enumerate(windows):
+            self._bus.window[index].base = base
+            self._bus.window[index].end = end
+        self._bus.windows = len(windows)
+
+    def connect_ring(self, ring: ByteRing) -> int:
+        """Let ports divert to `ring`; return its number for `divert_port`."""
+        index = len(self._rings)
+        if index >= MAX_RINGS:
+            raise ValueError(f"more than {MAX_RINGS} rings")
+        self._rings.append(ring)  # keeps it alive as long as the table points to it
+        lib.hv_bus_set_ring(self._bus, index, ring.cdata)
+        return index
+
+    def publish_port(self, port: int, value: int | None) -> None:
+        """Answer one-byte reads of a claimed port with `value` in the run loop; None sends them to Python again."""
+        lib.hv_bus_publish(self._bus, port, -1 if value is None else value)
+
+    def divert_port(self, port: int, ring: int | None) -> None:
+        """Append one-byte writes to a claimed port to ring number `ring`; None sends them to Python again."""
+        lib.hv_bus_divert(self._bus, port, lib.HV_PYTHON if ring is None else lib.HV_RING0 + ring)
+
+
+class IrqInput:
+    """One input (GSI) of the in-kernel interrupt controllers; fits `devices.ports.IrqLine`."""
+
+    def __init__(self, fd: int, gsi: int) -> None:
+        """Drive input `gsi` of the VM behind `fd`; the level is low at first."""
+        self._fd = fd
+        self._irq = ffi.new("struct kvm_irq_level *")
+        self._irq.irq = gsi
+        self._level = False
+
+    def set(self, level: bool) -> None:
+        """Drive the input high or low (KVM_IRQ_LINE); its present level again does nothing."""
+        if level is not self._level:
+            self._level = level
+            self._irq.level = level
+            control(self._fd, lib.KVM_IRQ_LINE, self._irq)
+
+
+def host_address(value: Any) -> int:
+    """Return the address of the buffer `value` (an mmap) in this process."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(value)))

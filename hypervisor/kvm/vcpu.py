@@ -1,0 +1,252 @@
+"""The vCPU handle: state in and out, and `enter`, which runs the guest."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from hypervisor.errors import HostError
+from hypervisor.kvm._kvm import ffi, lib
+from hypervisor.kvm.ioctls import control
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+# What `enter` returns: see runloop.h. Plain ints: this is the exit path.
+PIO_IN: Final[int] = lib.HV_PIO_IN
+PIO_OUT: Final[int] = lib.HV_PIO_OUT
+MMIO_READ: Final[int] = lib.HV_MMIO_READ
+MMIO_WRITE: Final[int] = lib.HV_MMIO_WRITE
+EXIT: Final[int] = lib.HV_EXIT
+INTERRUPTED: Final[int] = lib.HV_INTERRUPTED
+FAILED: Final[int] = lib.HV_FAILED
+
+EXIT_UNKNOWN: Final[int] = lib.KVM_EXIT_UNKNOWN
+EXIT_HLT: Final[int] = lib.KVM_EXIT_HLT
+EXIT_SHUTDOWN: Final[int] = lib.KVM_EXIT_SHUTDOWN
+EXIT_FAIL_ENTRY: Final[int] = lib.KVM_EXIT_FAIL_ENTRY
+EXIT_INTERNAL_ERROR: Final[int] = lib.KVM_EXIT_INTERNAL_ERROR
+EXIT_SYSTEM_EVENT: Final[int] = lib.KVM_EXIT_SYSTEM_EVENT
+SYSTEM_EVENT_SHUTDOWN: Final[int] = lib.KVM_SYSTEM_EVENT_SHUTDOWN
+SYSTEM_EVENT_RESET: Final[int] = lib.KVM_SYSTEM_EVENT_RESET
+EXIT_NAMES: Final = {getattr(lib, name): name for name in dir(lib) if name.startswith("KVM_EXIT_")}
+
+GENERAL_REGISTERS: Final = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+)
+SEGMENT_REGISTERS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
+CONTROL_REGISTERS: Final = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+
+
+class Segment(NamedTuple):
+    """A segment register with its hidden part: base and limit in bytes, type and flags as in the descriptor."""
+
+    base: int = 0
+    limit: int = 0
+    selector: int = 0
+    type: int = 0
+    present: int = 0
+    dpl: int = 0
+    db: int = 0
+    s: int = 0
+    l: int = 0  # noqa: E741 - the descriptor bit's name
+    g: int = 0
+    avl: int = 0
+    unusable: int = 0
+
+
+class ExitRecord(NamedTuple):
+    """One of the last exits: TSC tick, exit reason, access kind, size in bytes, address or port, repetitions."""
+
+    tick: int
+    reason: int
+    kind: int
+    size: int
+    address: int
+    value: int
+
+
+class Vcpu:
+    """A vCPU. All but `kick` and the counters belong to the thread that runs it, or to any while none does.
+
+    Attributes:
+        enter: run the guest until Python is needed. Takes the answer to the read that the last call returned (else
+            anything); returns a number as laid out in runloop.h. Releases the GIL.
+    """
+
+    def __init__(self, index: int, fd: int, run_size: int, bus: Any) -> None:
+        """Take over the vCPU's file descriptor and map its kvm_run."""
+        os.set_inheritable(fd, False)
+        self.index = index
+        self._fd = fd
+        self._c = lib.hv_vcpu_new(fd, run_size, bus)
+        if self._c == ffi.NULL:
+            os.close(fd)
+            raise HostError(f"cannot map the run area of vCPU {index}")
+        self._bus = bus  # the C side points to it
+        self.enter: Callable[[int], int] = partial(lib.hv_vcpu_run, self._c)
+
+    def close(self) -> None:
+        """Unmap kvm_run and close the vCPU; its thread must have ended."""
+        if self._fd >= 0:
+            del self.enter
+            lib.hv_vcpu_free(self._c)
+            self._c = ffi.NULL
+            os.close(self._fd)
+            self._fd = -1
+
+    # --- running ----------------------------------------------------------------------------------------------------
+
+    def attach_thread(self) -> None:
+        """Make the calling thread the one that `kick` reaches; blocks every other signal in it."""
+        lib.hv_thread_enter(self._c)
+
+    def detach_thread(self) -> None:
+        """Say that the calling thread runs this vCPU no more."""
+        lib.hv_thread_leave(self._c)
+
+    def kick(self) -> None:
+        """Make `enter` return INTERRUPTED, now or at its next call. Never lost, from any thread."""
+        if self._c != ffi.NULL:
+            lib.hv_vcpu_kick(self._c)
+
+    @property
+    def mmio_address(self) -> int:
+        """Guest-physical address of the memory access that `enter` returned."""
+        address: int = self._c.address
+        return address
+
+    @property
+    def mmio_value(self) -> int:
+        """Little-endian value of the memory write that `enter` returned."""
+        value: int = self._c.value
+        return value
+
+    @property
+    def exit_words(self) -> list[int]:
+        """Facts of the EXIT that `enter` returned: for an internal error suberror, count, data; else see runloop.c."""
+        return list(self._c.exit_words)
+
+    # --- counters -----------------------------------------------------------------------------------------------------
+
+    @property
+    def exit_counts(self) -> dict[int, int]:
+        """Exits so far by KVM_EXIT_ reason."""
+        return {reason: count for reason, count in enumerate(self._c.exits) if count}
+
+    @property
+    def ticks(self) -> tuple[int, int]:
+        """TSC ticks spent in the guest (KVM included) and in answering exits."""
+        return self._c.guest_ticks, sum(self._c.vmm_ticks)
+
+    @property
+    def recent_exits(self) -> list[ExitRecord]:
+        """The last exits (at most 64), oldest first."""
+        count = self._c.recent_count
+        kept = min(count, lib.HV_RECENT)
+        rows = (self._c.recent[i % lib.HV_RECENT] for i in range(count - kept, count))
+        return [ExitRecord(r.tick, r.reason, r.kind, r.size, r.address, r.value) for r in rows]
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def registers(self) -> dict[str, int]:
+        """Return the general registers, RIP and RFLAGS."""
+        regs = ffi.new("struct kvm_regs *")
+        control(self._fd, lib.KVM_GET_REGS, regs)
+        return {name: getattr(regs, name) for name in GENERAL_REGISTERS}
+
+    def set_registers(self, values: Mapping[str, int]) -> None:
+        """Set the general registers; those that are not named become zero."""
+        regs = ffi.new("struct kvm_regs *", dict(values))
+        control(self._fd, lib.KVM_SET_REGS, regs)
+
+    def special_registers(self) -> dict[str, int | Segment]:
+        """Return segment, control and table registers; gdt and idt as gdt_base, gdt_limit, idt_base, idt_limit."""
+        sregs = ffi.new("struct kvm_sregs *")
+        control(self._fd, lib.KVM_GET_SREGS, sregs)
+        values: dict[str, int | Segment] = {name: getattr(sregs, name) for name in CONTROL_REGISTERS}
+        for name in SEGMENT_REGISTERS:
+            segment = getattr(sregs, name)
+            values[name] = Segment(*(getattr(segment, field) for field in Segment._fields))
+        for name in ("gdt", "idt"):
+            values[name + "_base"] = getattr(sregs, name).base
+            values[name + "_limit"] = getattr(sregs, name).limit
+        return values
+
+    def set_special_registers(self, values: Mapping[str, int | Segment]) -> None:
+        """Change the named special registers, the rest stays; names as `special_registers` gives them."""
+        sregs = ffi.new("struct kvm_sregs *")
+        control(self._fd, lib.KVM_GET_SREGS, sregs)
+        for name, value in values.items():
+            if isinstance(value, Segment):
+                target = getattr(sregs, name)
+                for field, number in zip(Segment._fields, value, strict=True):
+                    setattr(target, field, number)
+            elif name.startswith(("gdt_", "idt_")):
+                setattr(getattr(sregs, name[:3]), name[4:], value)
+            else:
+                setattr(sregs, name, value)
+        control(self._fd, lib.KVM_SET_SREGS, sregs)
+
+    def set_fpu_reset(self) -> None:
+        """Put the x87 and SSE control words in their reset state (SDM volume 3, table 10-1: FNINIT's and 1F80H)."""
+        fpu = ffi.new("struct kvm_fpu *")
+        fpu.fcw = 0x37F
+        fpu.mxcsr = 0x1F80
+        control(self._fd, lib.KVM_SET_FPU, fpu)
+
+    def set_cpuid(self, entries: Sequence[tuple[int, int, int, int, int, int, int]]) -> None:
+        """Give the vCPU its CPUID table: rows of function, index, flags, eax, ebx, ecx, edx."""
+        table = ffi.new("struct kvm_cpuid2 *", {"entries": len(entries)})
+        table.nent = len(entries)
+        for row, (function, index, flags, eax, ebx, ecx, edx) in zip(table.entries[0 : len(entries)], entries, strict=True):
+            row.function, row.index, row.flags = function, index, flags
+            row.eax, row.ebx, row.ecx, row.edx = eax, ebx, ecx, edx
+        control(self._fd, lib.KVM_SET_CPUID2, table)
+
+    def msrs(self, indices: Sequence[int]) -> dict[int, int]:
+        """Return the named MSRs; those from the first one on that this KVM does not know are left out."""
+        table = self._msr_table([(index, 0) for index in indices])
+        count = control(self._fd, lib.KVM_GET_MSRS, table)
+        return {table.entries[i].index: table.entries[i].data for i in range(count)}
+
+    def set_msrs(self, values: Sequence[tuple[int, int]]) -> int:
+        """Set MSRs in order and return how many the kernel took before the first that it refused."""
+        return control(self._fd, lib.KVM_SET_MSRS, self._msr_table(values))
+
+    @staticmethod
+    def _msr_table(values: Sequence[tuple[int, int]]) -> Any:
+        table = ffi.new("struct kvm_msrs *", {"entries": len(values)})
+        table.nmsrs = len(values)
+        for entry, (index, data) in zip(table.entries[0 : len(values)], values, strict=True):
+            entry.index = index
+            entry.data = data
+        return table
+
+    def lapic(self) -> bytearray:
+        """Return the local APIC's register page (1 KiB)."""
+        state = ffi.new("struct kvm_lapic_state *")
+        control(self._fd, lib.KVM_GET_LAPIC, state)
+        return bytearray(ffi.buffer(state.regs))
+
+    def set_lapic(self, page: bytes | bytearray) -> None:
+        """Set the local APIC's register page (1 KiB)."""
+        state = ffi.new("struct kvm_lapic_state *")
+        ffi.buffer(state.regs)[:] = bytes(page)
+        control(self._fd, lib.KVM_SET_LAPIC, state)
+
+    def mp_state(self) -> int:
+        """Return KVM_MP_STATE_ of the vCPU: 0 runnable, 1 waits for INIT, 2 for SIPI, 3 halted."""
+        state = ffi.new("struct kvm_mp_state *")
+        control(self._fd, lib.KVM_GET_MP_STATE, state)
+        value: int = state.mp_state
+        return value
+
+    def translate(self, address: int) -> int | None:
+        """Return the guest-physical address behind a virtual one, None where none is mapped (KVM_TRANSLATE)."""
+        translation = ffi.new("struct kvm_translation *")
+        translation.linear_address = address
+        control(self._fd, lib.KVM_TRANSLATE, translation)
+        return translation.physical_address if translation.valid else None

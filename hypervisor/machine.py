@@ -1,0 +1,331 @@
+"""The composition root: builds a machine from its description, wires it, freezes it, runs it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from devices.acpi_pm import S5_SLEEP_TYPE
+from hypervisor import boot, cpuid, layout
+from hypervisor.boot.acpi import build_tables
+from hypervisor.boot.mptable import build_mptable
+from hypervisor.bus import Bus
+from hypervisor.config import MachineConfig
+from hypervisor.console import Console
+from hypervisor.errors import ConfigError, HostError, ImageError
+from hypervisor.eventloop import EventLoop
+from hypervisor.host import is_software_kvm
+from hypervisor.kvm import ByteRing, Kvm, Vm
+from hypervisor.kvm.handles import host_address
+from hypervisor.memory import GuestMemory
+from hypervisor.outcome import Outcome, Stop
+from hypervisor.pc import NoIrq, Pc
+from hypervisor.reset import apply_entry, reset_vcpu
+from hypervisor.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from devices.ports import IrqLine
+
+MAX_IMAGE: Final = 1 << 31
+"""Kernel and initrd files above 2 GiB are refused: boot protocols give sizes in 32 bits."""
+STOP_SECONDS: Final = 10.0
+
+
+def read_image(path: str | os.PathLike[str], what: str) -> bytes:
+    """Read a kernel, initrd or module file.
+
+    Raises:
+        ImageError: it is not there, is no file, or cannot be read.
+    """
+    try:
+        if Path(path).is_dir():
+            raise ImageError(f"{what} {os.fspath(path)} is a directory", hint="name the image file in it")
+        size = os.stat(path).st_size
+        if size > MAX_IMAGE:
+            raise ImageError(f"{what} {os.fspath(path)} has {size >> 20} MiB; at most {MAX_IMAGE >> 20} can be loaded")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read {what} {os.fspath(path)}: {error.strerror}") from error
+
+
+class Machine:
+    """A virtual machine: built by its constructor, running from `start` until its outcome.
+
+    Devices may be added to `bus_pio` and `bus_mmio` before `start`. A context manager: leaving it ends the guest and
+    gives everything back. Methods may be called from any thread.
+
+    Attributes:
+        config: what it was built from.
+        memory: guest RAM.
+        vcpus: the vCPUs, by index.
+        console: the first serial port.
+        debug_console: what the guest writes to port 0xe9.
+        bus_pio, bus_mmio: who answers which port and address.
+        boot_plan: what was loaded where.
+    """
+
+    def __init__(self, config: MachineConfig) -> None:
+        """Build the machine.
+
+        Raises:
+            ConfigError: the description cannot be met (ImageError: because of a file).
+            HostError: the host lacks something (KvmError: the kernel refused an ioctl).
+        """
+        self.config = config
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._outcome: Outcome | None = None
+        self._started = False
+        ram_bytes = config.ram_mib * layout.MIB
+        self.boot_plan = self._plan(ram_bytes)
+        with ExitStack() as stack:
+            self.memory = GuestMemory(ram_bytes)
+            stack.callback(self.memory.close)
+            kvm = stack.enter_context(Kvm())
+            self._refuse_linux_on_software_kvm()
+            self._vm = kvm.create_vm()
+            stack.callback(self._vm.close)
+            self.bus_pio = Bus("port", 1 << 16)
+            self.bus_mmio = Bus("memory", 1 << 52)
+            self.loop = EventLoop(on_fault=lambda error: self._end(Outcome.fault(error)))
+            stack.callback(self.loop.close)
+            self._build_vm(kvm)
+            self._build_devices(stack)
+            self._load()
+            self._stack = stack.pop_all()
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, ram_bytes: int) -> boot.BootPlan:
+        config = self.config
+        kernel: bytes
+        append, initrd_path = config.append, config.initrd
+        if isinstance(config.kernel, bytes):
+            kernel, name = config.kernel, "kernel image"
+        else:
+            path = Path(config.kernel)
+            if path.name == os.fspath(config.kernel) and not path.is_file():
+                from hypervisor import kernels  # noqa: PLC0415 - only a run by name looks into the catalogue
+
+                named = kernels.find(path.name)
+                if named is not None:
+                    path = named.image
+                    append = named.command_line if append is None else append
+            name = os.fspath(path)
+            kernel = read_image(path, "kernel")
+        modules = []
+        for module in config.modules:
+            file, _, _ = module.partition(" ")
+            modules.append((file, read_image(file, "module"), module))
+        return boot.plan(
+            kernel,
+            name=name,
+            initrd=None if initrd_path is None else read_image(initrd_path, "initrd"),
+            initrd_name=os.fspath(initrd_path or ""),
+            modules=modules,
+            command_line=append or "",
+            ram_bytes=ram_bytes,
+            flat_bits=config.flat,
+            decompress=config.decompress,
+            protocol=config.protocol,
+            rsdp=layout.ACPI_TABLES,
+        )
+
+    def _refuse_linux_on_software_kvm(self) -> None:
+        if self.boot_plan.is_linux and not self.config.force and is_software_kvm():
+            raise HostError(
+                "this host's KVM is a software one (kvm_pvm): it cannot run a Linux kernel",
+                hint="run it in the emulated host: scripts/emulated-host -- hv run ...; --force tries it here all the same",
+            )
+
+    def _build_vm(self, kvm: Kvm) -> None:
+        config, vm = self.config, self._vm
+        if config.cpus > (most := kvm.max_vcpus()):
+            raise ConfigError(f"cpus is {config.cpus}", hint=f"this host's KVM allows {most} vCPUs")
+        vm.set_intel_pages(layout.TSS, layout.IDENTITY_MAP)
+        if config.irqchip == "kernel":
+            vm.create_irqchip()
+            vm.create_pit()
+        base = host_address(self.memory.buffer)
+        for slot, ram in enumerate(self.memory.ranges):
+            vm.set_memory(slot, ram.gpa, ram.size, base + ram.offset)
+        supported = kvm.supported_cpuid()
+        self.vcpus: list[Vcpu] = []
+        for index in range(config.cpus):
+            handle = vm.create_vcpu(index)
+            table = cpuid.build(supported, vcpu=index, cpus=config.cpus, spec=config.cpu, software_kvm=is_software_kvm())
+            handle.set_cpuid(table)
+            reset_vcpu(handle, has_lapic=config.irqchip == "kernel")
+            self.vcpus.append(Vcpu(handle, self.bus_pio, self.bus_mmio, self._end))
+        apply_entry(self.vcpus[0].handle, self.boot_plan.entry)
+
+    def _build_devices(self, stack: ExitStack) -> None:
+        rings = []
+        for _ in range(2):
+            rings.append(ByteRing())
+            stack.callback(rings[-1].close)
+        self.console = Console(rings[0], self.loop)
+        self.debug_console = Console(rings[1], self.loop)
+        self.console.on_panic = lambda words: self._end(Outcome(Stop.PANIC, message=f"kernel panic: {words}"))
+        has_irqs = self.config.irqchip == "kernel"
+
+        def irq(gsi: int) -> IrqLine:
+            return self._vm.irq_input(gsi) if has_irqs else NoIrq()
+
+        self._pc = Pc(
+            vm=self._vm,
+            ports=self.bus_pio,
+            loop=self.loop,
+            irq=irq,
+            console=self.console,
+            console_ring=rings[0],
+            debug_console=self.debug_console,
+            debug_ring=rings[1],
+            cpus=self.config.cpus,
+            memory=self.memory,
+            on_exit=self._guest_exit,
+            on_reset=lambda: self._end(Outcome(Stop.RESET)),
+            on_power_off=lambda: self._end(Outcome(Stop.POWER_OFF)),
+        )
+
+    def _load(self) -> None:
+        memory = self.memory
+        cpus = self.config.cpus
+        if memory.size >= layout.HIGH_MEMORY:
+            memory.write(layout.ACPI_TABLES, build_tables(cpus=cpus, s5_sleep_type=S5_SLEEP_TYPE))
+            for gpa, table in build_mptable(cpus=cpus):
+                memory.write(gpa, table)
+        for segment in self.boot_plan.segments:
+            memory.write(segment.gpa, segment.data)
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the vCPUs; returns at once."""
+        with self._lock:
+            if self._started:
+                raise ConfigError("the machine has been started already")
+            self._started = True
+        for claim in self.bus_pio.freeze():
+            self._vm.claim_ports(claim.base, claim.end - claim.base)
+        self._vm.claim_windows([(claim.base, claim.end) for claim in self.bus_mmio.freeze()])
+        self.loop.start()
+        for vcpu in self.vcpus:
+            vcpu.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait for the end of the run and return how it came.
+
+        Args:
+            timeout: seconds; None waits for ever.
+
+        Raises:
+            TimeoutError: the machine still runs.
+            Exception: whatever a device model or the VMM itself failed with, as it was raised.
+        """
+        if not self._started:
+            raise ConfigError("the machine has not been started")
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"the machine still runs after {timeout:g} s")
+        outcome = self._settle()
+        if outcome.reason is Stop.FAULT and outcome.error is not None:
+            raise outcome.error
+        return outcome
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Start the machine and wait for its end: `start`, then `wait`."""
+        self.start()
+        return self.wait(timeout)
+
+    def stop(self, timeout: float = STOP_SECONDS) -> Outcome:
+        """Ask the guest to power off, as its power button would; end it when it has not after `timeout` seconds."""
+        self.press_power_button()
+        try:
+            return self.wait(timeout)
+        except TimeoutError:
+            return self.kill()
+
+    def press_power_button(self) -> None:
+        """Ask the guest to power off; what it does about it is its own business."""
+        self._pc.press_power_button()
+
+    def kill(self, outcome: Outcome | None = None) -> Outcome:
+        """End the guest where it is; `outcome` says why, by default Stop.KILLED with status 137."""
+        self._end(outcome or Outcome(Stop.KILLED, status=137))
+        return self._settle()
+
+    def end(self, outcome: Outcome) -> None:
+        """Make `outcome` the machine's end unless it has one; returns at once. For devices and signal handlers."""
+        self._end(outcome)
+
+    def pause(self) -> None:
+        """Stop all vCPUs between two instructions; returns when they stand still."""
+        for vcpu in self.vcpus:
+            vcpu.request_pause()
+        for vcpu in self.vcpus:
+            vcpu.wait_parked()
+
+    def resume(self) -> None:
+        """Let the vCPUs go on after `pause`."""
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended, None while it goes on."""
+        return self._outcome if self._done.is_set() else None
+
+    def close(self) -> None:
+        """End the guest if it runs and give back memory, descriptors and threads."""
+        if self._started:
+            self.kill()
+        for vcpu in self.vcpus:
+            vcpu.join()
+        self.loop.close()
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _guest_exit(self, value: int) -> None:
+        status = (value << 1 | 1 if self.config.debug_exit == "qemu" else value) & 0xFF
+        self._end(Outcome(Stop.GUEST_EXIT, status=status, message=f"the guest ended the run with status {status}"))
+
+    def _end(self, outcome: Outcome) -> None:
+        with self._lock:
+            if self._outcome is None:
+                self._outcome = outcome
+        for vcpu in self.vcpus:
+            vcpu.request_end()
+        self._done.set()
+
+    def _settle(self) -> Outcome:
+        """Let the vCPUs come to rest, then complete the outcome."""
+        outcome = self._outcome
+        if outcome is None:
+            raise ConfigError("the machine has no outcome yet")
+        for vcpu in self.vcpus:
+            vcpu.join()
+        self.console.end()
+        self.debug_console.end()
+        with self._lock:
+            if outcome.reason in {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT} and self.console.panic is not None:
+                self._outcome = outcome = Outcome(Stop.PANIC, message=f"kernel panic: {self.console.panic}")
+            if outcome.death is not None and not outcome.detail:
+                from hypervisor.postmortem import explain  # noqa: PLC0415 - only a death needs a disassembler
+
+                explain(outcome, self.memory, self.boot_plan, software_kvm=is_software_kvm())
+        return outcome
+
+

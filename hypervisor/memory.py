@@ -1,0 +1,96 @@
+"""Guest RAM: the only place that slices it."""
+
+from __future__ import annotations
+
+import mmap
+from typing import NamedTuple
+
+from devices.ports import GuestFault
+from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
+
+PAGE = 4096
+MAP_NORESERVE = 0x4000
+
+
+class RamRange(NamedTuple):
+    """A stretch of guest-physical RAM and where it lies in the one host mapping: all in bytes."""
+
+    gpa: int
+    size: int
+    offset: int
+
+
+class GuestMemory:
+    """The machine's RAM, one private anonymous mapping, in one range below 3 GiB and one from 4 GiB on.
+
+    Host pages are allotted as the guest touches them, as transparent huge pages where the host has them.
+    """
+
+    def __init__(self, ram_bytes: int) -> None:
+        """Map `ram_bytes` (a multiple of the page size) of zeroes; raises OSError when the host refuses."""
+        self.size = ram_bytes
+        self._map = mmap.mmap(-1, ram_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel without transparent huge pages: small ones do
+        self._view = memoryview(self._map)
+        self._low = min(ram_bytes, RAM_LOW_END)
+        self._high_end = RAM_HIGH_BASE + ram_bytes - self._low
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """The host mapping, for the memory slots."""
+        return self._map
+
+    @property
+    def ranges(self) -> tuple[RamRange, ...]:
+        """Where the RAM is."""
+        low = RamRange(0, self._low, 0)
+        if self.size == self._low:
+            return (low,)
+        return (low, RamRange(RAM_HIGH_BASE, self.size - self._low, self._low))
+
+    def _offset(self, gpa: int, size: int) -> int:
+        if size >= 0:
+            if 0 <= gpa and gpa + size <= self._low:
+                return gpa
+            if RAM_HIGH_BASE <= gpa and gpa + size <= self._high_end:
+                return gpa - RAM_HIGH_BASE + self._low
+        raise GuestFault(gpa, size)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Copy `size` bytes out of guest memory.
+
+        Args:
+            gpa: guest-physical address, in bytes.
+            size: bytes to copy; zero is allowed.
+
+        Raises:
+            GuestFault: if any byte of the range lies outside RAM.
+        """
+        offset = self._offset(gpa, size)
+        return self._view[offset : offset + size].tobytes()
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` into guest memory at `gpa`; raises GuestFault if any byte would fall outside RAM."""
+        size = len(data)
+        offset = self._offset(gpa, size)
+        self._view[offset : offset + size] = data
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return `size` bytes at `gpa` as they are, writable and without a copy; raises GuestFault as `read` does.
+
+        The mapping lives until the last view of it is released.
+        """
+        offset = self._offset(gpa, size)
+        return self._view[offset : offset + size]
+
+    def close(self) -> None:
+        """Unmap, once the VM is closed; with views outstanding the last of them does it."""
+        self._view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            pass  # a view is still held; the mapping goes with it

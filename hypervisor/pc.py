@@ -1,0 +1,173 @@
+"""The PC around the vCPUs: which device models there are, at which ports, on which interrupts.
+
+With `machine` this is the only room that knows device models. Every address is from `layout`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from devices.acpi_pm import AcpiPm
+from devices.debug_console import DebugConsole
+from devices.debug_exit import DebugExit
+from devices.events import EventLog
+from devices.fw_cfg import FwCfg
+from devices.i8042 import I8042
+from devices.pci import PciConfigPorts
+from devices.rtc_mc146818 import RtcMc146818
+from devices.uart16550 import Uart16550
+from hypervisor import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from devices.ports import IrqLine
+    from hypervisor.bus import Bus, Claim
+    from hypervisor.console import Console
+    from hypervisor.eventloop import EventLoop, LoopAlarm
+    from hypervisor.kvm import ByteRing, Vm
+    from hypervisor.memory import GuestMemory
+
+
+class PortFastPath:
+    """The short cuts of one device in the run loop's port table; fits `devices.ports.FastPath`."""
+
+    def __init__(self, vm: Vm, base: int, ring: int) -> None:
+        """Publish for ports from `base` on; diverted writes go to ring number `ring`."""
+        self._vm = vm
+        self._base = base
+        self._ring = ring
+
+    def publish(self, offset: int, value: int | None) -> None:
+        """Answer one-byte reads of the port with `value`; None sends them to the device again."""
+        self._vm.publish_port(self._base + offset, value)
+
+    def divert(self, offset: int, to_sink: bool) -> None:
+        """Append one-byte writes to the port to the ring instead of calling the device."""
+        self._vm.divert_port(self._base + offset, self._ring if to_sink else None)
+
+
+class ConsoleSink:
+    """A device's ByteSink that is a console."""
+
+    def __init__(self, console: Console) -> None:
+        """Write to `console`."""
+        self.write = console.write_from_guest
+
+
+class NoIrq:
+    """The interrupt line of a machine without interrupt controllers."""
+
+    def set(self, level: bool) -> None:
+        """Lead nowhere."""
+
+
+class Pc:
+    """The devices of one machine, claimed on its port bus.
+
+    Attributes:
+        uart, pm: models that the machine itself talks to.
+    """
+
+    def __init__(  # noqa: PLR0913 - what a board is wired to
+        self,
+        *,
+        vm: Vm,
+        ports: Bus,
+        loop: EventLoop,
+        irq: Callable[[int], IrqLine],
+        console: Console,
+        console_ring: ByteRing,
+        debug_console: Console,
+        debug_ring: ByteRing,
+        cpus: int,
+        memory: GuestMemory,
+        on_exit: Callable[[int], None],
+        on_reset: Callable[[], None],
+        on_power_off: Callable[[], None],
+    ) -> None:
+        """Make and wire every device; the `on_` callables end the run."""
+        self._ports = ports
+        self._loop = loop
+        self.uart = Uart16550(
+            irq=irq(layout.IRQ_COM1),
+            sink=ConsoleSink(console),
+            fast=PortFastPath(vm, layout.COM1, vm.connect_ring(console_ring)),
+            log=EventLog(device="uart0"),
+        )
+        uart = ports.claim(layout.COM1, 8, self.uart, "uart0")
+        self._connect_console(console, uart)
+        debug_fast = PortFastPath(vm, layout.DEBUG_CONSOLE, vm.connect_ring(debug_ring))
+        ports.claim(layout.DEBUG_CONSOLE, 1, DebugConsole(ConsoleSink(debug_console), fast=debug_fast), "debugcon")
+        ports.claim(layout.DEBUG_EXIT, 4, DebugExit(on_exit), "debug-exit")
+        i8042 = I8042(on_reset, irq=irq(layout.IRQ_KEYBOARD))
+        keyboard = ports.claim(layout.I8042_DATA, 1, i8042, "i8042")
+        command = OffsetView(i8042, layout.I8042_COMMAND - layout.I8042_DATA)
+        ports.claim(layout.I8042_COMMAND, 1, command, "i8042", lock=keyboard.lock)
+        self._add_rtc(irq(layout.IRQ_RTC), memory)
+        self._add_acpi(irq(layout.IRQ_SCI), on_power_off)
+        ports.claim(layout.FW_CFG, 2, FwCfg(cpus=cpus, ram_bytes=memory.size, files={}), "fw_cfg")
+        ports.claim(layout.PCI_CONFIG, 8, PciConfigPorts(on_reset=on_reset), "pci")
+
+    def _connect_console(self, console: Console, claim: Claim) -> None:
+        def deliver(data: bytes) -> int:
+            with claim.lock:
+                return self.uart.receive(data)
+
+        console.deliver = deliver
+        self.uart.on_room = console.schedule_input
+
+    def _alarm(self, claims: list[Claim], fire: Callable[[], None]) -> LoopAlarm:
+        """Make an alarm that calls `fire` under the lock of the claim that `claims` will hold."""
+
+        def locked() -> None:
+            with claims[0].lock:
+                fire()
+
+        return self._loop.alarm(locked)
+
+    def _add_rtc(self, irq: IrqLine, memory: GuestMemory) -> None:
+        claims: list[Claim] = []
+        rtc = RtcMc146818(
+            irq=irq,
+            alarm=self._alarm(claims, lambda: rtc.on_alarm()),
+            now_ns=time.monotonic_ns,
+            wall_seconds=time.time,
+            ram_below_4g=memory.ranges[0].size,
+            ram_above_4g=sum(ram.size for ram in memory.ranges[1:]),
+        )
+        claims.append(self._ports.claim(layout.RTC, 2, rtc, "rtc"))
+
+    def _add_acpi(self, irq: IrqLine, on_power_off: Callable[[], None]) -> None:
+        claims: list[Claim] = []
+        self.pm = AcpiPm(
+            irq=irq,
+            alarm=self._alarm(claims, lambda: self.pm.on_alarm()),
+            now_ns=time.monotonic_ns,
+            on_power_off=on_power_off,
+        )
+        self._pm_claim = self._ports.claim(layout.PM1_EVENT, 12, self.pm, "acpi-pm")
+        claims.append(self._pm_claim)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to power off."""
+        with self._pm_claim.lock:
+            self.pm.press_power_button()
+
+
+class OffsetView:
+    """A device seen from a second claim, whose first address is not the device's own."""
+
+    def __init__(self, device: I8042, offset: int) -> None:
+        """Show `device` from `offset` on."""
+        self._device = device
+        self._offset = offset
+
+    def read(self, offset: int, size: int) -> int:
+        """Read the device at this view's offset."""
+        return self._device.read(self._offset + offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write the device at this view's offset."""
+        self._device.write(self._offset + offset, size, value)

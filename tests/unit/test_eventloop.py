@@ -1,0 +1,86 @@
+"""Files and timers of the one waiting thread."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from hypervisor.eventloop import EventLoop
+
+
+@pytest.fixture
+def faults():
+    return []
+
+
+@pytest.fixture
+def loop(faults):
+    loop = EventLoop(faults.append)
+    loop.start()
+    yield loop
+    loop.close()
+
+
+def test_a_readable_file_calls_back(loop):
+    read_end, write_end = os.pipe()
+    seen = threading.Event()
+
+    def callback():
+        os.read(read_end, 1)
+        seen.set()
+
+    loop.watch(read_end, callback)
+    os.write(write_end, b"x")
+    assert seen.wait(5)
+    loop.unwatch(read_end)
+    os.close(read_end)
+    os.close(write_end)
+
+
+def test_a_plain_file_cannot_be_watched(loop, tmp_path):
+    with (tmp_path / "f").open("w") as file, pytest.raises(PermissionError):
+        loop.watch(file.fileno(), lambda: None)
+    loop.unwatch(99)
+
+
+def test_an_alarm_fires_once_and_not_before_its_time(loop):
+    fired = []
+    alarm = loop.alarm(lambda: fired.append(time.monotonic_ns()))
+    deadline = time.monotonic_ns() + 20_000_000
+    alarm.set(deadline)
+    time.sleep(0.15)
+    assert len(fired) == 1
+    assert fired[0] >= deadline
+
+
+def test_the_last_deadline_counts(loop):
+    fired = []
+    alarm = loop.alarm(lambda: fired.append(1))
+    alarm.set(time.monotonic_ns() + 10_000_000)
+    alarm.set(None)
+    time.sleep(0.05)
+    assert fired == []
+    alarm.set(time.monotonic_ns() + 60_000_000_000)
+    alarm.set(time.monotonic_ns())
+    time.sleep(0.05)
+    assert fired == [1]
+
+
+def test_call_soon_runs_on_the_loops_thread(loop):
+    names = []
+    done = threading.Event()
+    loop.call_soon(lambda: (names.append(threading.current_thread().name), done.set()))
+    assert done.wait(5)
+    assert names == ["hv-loop"]
+
+
+def test_a_callback_that_fails_ends_the_loop_loudly(loop, faults):
+    def fail():
+        raise RuntimeError("broken")
+
+    loop.call_soon(fail)
+    deadline = time.monotonic() + 5
+    while not faults and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert [str(fault) for fault in faults] == ["broken"]
