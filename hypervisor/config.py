@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MIN_RAM_MIB: Final = 1
 MAX_RAM_MIB: Final = 1 << 20
+MAX_CPUS: Final = 255
+"""As many as have an 8-bit APIC id, 255 being broadcast: what the MP table and the MADT's entries can name."""
 CHOICES: Final = {
     "flat": (None, 16, 32, 64),
     "decompress": ("guest", "host"),
@@ -71,7 +73,7 @@ class MachineConfig:
         for name in self.__slots__:
             object.__setattr__(self, name, values[name])
         _check_number("ram_mib", ram_mib, MIN_RAM_MIB, MAX_RAM_MIB, "MiB")
-        _check_number("cpus", cpus, 1, 1024, "vCPUs")
+        _check_number("cpus", cpus, 1, MAX_CPUS, "vCPUs")
         for name, choices in CHOICES.items():
             if values[name] not in choices:
                 wanted = ", ".join(str(choice) for choice in choices if choice is not None)

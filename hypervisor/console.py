@@ -21,6 +21,8 @@ MAX_PENDING: Final = 1 << 16
 """Bytes of input that wait for the guest to read them; more are refused."""
 REST_NS: Final = 4_000_000
 """After output came, the next look at the ring: a thread that woke for each byte would slow the vCPUs down."""
+RETRY_NS: Final = 30_000_000
+"""How often to look whether the guest listens while input waits."""
 PANIC: Final = b"Kernel panic - not syncing"
 PANIC_END: Final = b"---[ end Kernel panic"
 PANIC_GRACE_NS: Final = 2_000_000_000
@@ -73,6 +75,9 @@ class Console:
         self.on_panic: Callable[[str], None] | None = None
         self.deliver: Callable[[bytes], int] | None = None
         """Gives input to the UART; returns how much it took."""
+        self.ready: Callable[[], bool] = lambda: True
+        """Tells whether the guest listens. What is typed before waits: it would be lost when its driver starts."""
+        self._retry = loop.alarm(self._feed)
         self.on_input_room: Callable[[], None] | None = None
         """Called when input that waited has been taken."""
         loop.watch(ring.fileno(), self._on_output)
@@ -224,11 +229,14 @@ class Console:
 
     def _feed(self) -> None:
         self._feed_scheduled = False
-        if self.deliver is None:
+        if self.deliver is None or not self._pending:
+            return
+        if not self.ready():
+            self._retry.set(time.monotonic_ns() + RETRY_NS)
             return
         with self._pending_lock:
             chunk = bytes(self._pending[:64])
-        taken = self.deliver(chunk) if chunk else 0
+        taken = self.deliver(chunk)
         with self._pending_lock:
             del self._pending[:taken]
             more = bool(self._pending)

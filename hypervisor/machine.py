@@ -192,6 +192,7 @@ class Machine:
             on_exit=self._guest_exit,
             on_reset=lambda: self._end(Outcome(Stop.RESET)),
             on_power_off=lambda: self._end(Outcome(Stop.POWER_OFF)),
+            is_polled=lambda port: any(vcpu.is_polling(port) for vcpu in self.vcpus),
         )
 
     def _load(self) -> None:

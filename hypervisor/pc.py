@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from hypervisor.memory import GuestMemory
 
 
+UART_LSR = 5
+
+
 class PortFastPath:
     """The short cuts of one device in the run loop's port table; fits `devices.ports.FastPath`."""
 
@@ -86,8 +89,9 @@ class Pc:
         on_exit: Callable[[int], None],
         on_reset: Callable[[], None],
         on_power_off: Callable[[], None],
+        is_polled: Callable[[int], bool],
     ) -> None:
-        """Make and wire every device; the `on_` callables end the run."""
+        """Make and wire every device; the `on_` callables end the run, `is_polled` says who spins on a port."""
         self._ports = ports
         self._loop = loop
         self.uart = Uart16550(
@@ -97,7 +101,7 @@ class Pc:
             log=EventLog(device="uart0"),
         )
         uart = ports.claim(layout.COM1, 8, self.uart, "uart0")
-        self._connect_console(console, uart)
+        self._connect_console(console, uart, is_polled)
         debug_fast = PortFastPath(vm, layout.DEBUG_CONSOLE, vm.connect_ring(debug_ring))
         ports.claim(layout.DEBUG_CONSOLE, 1, DebugConsole(ConsoleSink(debug_console), fast=debug_fast), "debugcon")
         ports.claim(layout.DEBUG_EXIT, 4, DebugExit(on_exit), "debug-exit")
@@ -110,12 +114,13 @@ class Pc:
         ports.claim(layout.FW_CFG, 2, FwCfg(cpus=cpus, ram_bytes=memory.size, files={}), "fw_cfg")
         ports.claim(layout.PCI_CONFIG, 8, PciConfigPorts(on_reset=on_reset), "pci")
 
-    def _connect_console(self, console: Console, claim: Claim) -> None:
+    def _connect_console(self, console: Console, claim: Claim, is_polled: Callable[[int], bool]) -> None:
         def deliver(data: bytes) -> int:
             with claim.lock:
                 return self.uart.receive(data)
 
         console.deliver = deliver
+        console.ready = lambda: self.uart.listening or is_polled(layout.COM1 + UART_LSR)
         self.uart.on_room = console.schedule_input
 
     def _alarm(self, claims: list[Claim], fire: Callable[[], None]) -> LoopAlarm:

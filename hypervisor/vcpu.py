@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+POLL_EXITS = 64
 SYSTEM_EVENTS = {SYSTEM_EVENT_SHUTDOWN: Stop.POWER_OFF, SYSTEM_EVENT_RESET: Stop.RESET}
 
 
@@ -132,6 +133,11 @@ class Vcpu:
     def special_registers(self) -> dict[str, int | Segment]:
         """Segment, control and table registers; a running vCPU leaves the guest for a moment."""
         return self.call(self.handle.special_registers)
+
+    def is_polling(self, port: int) -> bool:
+        """Tell whether the last exits, as far as they are recorded, were nothing but reads of `port`."""
+        recent = self.handle.recent_exits
+        return len(recent) >= POLL_EXITS and all(r.address == port and r.kind == PIO_IN for r in recent)
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
