@@ -32,7 +32,7 @@ MULTIBOOT_INFO: Final = 0x10000
 COMMAND_LINE: Final = 0x20000
 COMMAND_LINE_MAX: Final = 0x10000
 EBDA: Final = 0x9FC00
-"""Where conventional RAM ends. The MP floating pointer and MP table are in the KiB above (MP 1.4, section 4)."""
+"""Where conventional RAM ends. The MP floating pointer is in the KiB above (MP 1.4, section 4)."""
 EBDA_SIZE: Final = 0x400
 ACPI_TABLES: Final = 0xE0000
 """RSDP, then every other table; the RSDP must be on a 16-byte boundary in 0xE0000..0xFFFFF (ACPI 6.4, 5.2.5.1)."""

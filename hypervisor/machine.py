@@ -252,9 +252,9 @@ class Machine:
         except TimeoutError:
             return self.kill()
 
-    def press_power_button(self) -> None:
-        """Ask the guest to power off; what it does about it is its own business."""
-        self._pc.press_power_button()
+    def press_power_button(self) -> bool:
+        """Ask the guest to power off, and return whether it listens (what it does is its own business)."""
+        return self._pc.press_power_button()
 
     def kill(self, outcome: Outcome | None = None) -> Outcome:
         """End the guest where it is; `outcome` says why, by default Stop.KILLED with status 137."""

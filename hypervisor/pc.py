@@ -155,10 +155,10 @@ class Pc:
         self._pm_claim = self._ports.claim(layout.PM1_EVENT, 12, self.pm, "acpi-pm")
         claims.append(self._pm_claim)
 
-    def press_power_button(self) -> None:
-        """Ask the guest to power off."""
+    def press_power_button(self) -> bool:
+        """Ask the guest to power off; return whether it has enabled the button's event."""
         with self._pm_claim.lock:
-            self.pm.press_power_button()
+            return self.pm.press_power_button()
 
 
 class OffsetView:

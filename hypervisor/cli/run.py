@@ -124,7 +124,8 @@ class Signals:
         del frame
         if number == signal.SIGTERM and not self._asked:
             self._asked = True
-            self._machine.press_power_button()
+            if not self._machine.press_power_button():
+                print("hv: the guest does not listen to its power button; a second SIGTERM ends it", file=sys.stderr)
             return
         name = signal.Signals(number).name
         self._machine.end(Outcome(Stop.KILLED, status=128 + number, message=f"ended by {name}"))

@@ -16,6 +16,7 @@ def test_defaults():
     [
         ({"cpus": 0}, "cpus is 0"),
         ({"cpus": -1}, "cpus is -1"),
+        ({"cpus": 256}, "cpus is 256"),
         ({"cpus": True}, "cpus is True"),
         ({"ram_mib": 0}, "ram_mib is 0"),
         ({"ram_mib": 1.5}, "ram_mib is 1.5"),
