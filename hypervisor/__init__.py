@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from hypervisor.machine import Machine
     from hypervisor.outcome import Outcome, Stop
 
+__version__ = "0.1.0"
+
 _WHERE = {
     "ConfigError": "errors",
     "Console": "console",

@@ -43,12 +43,13 @@ class MachineConfig:
         protocol: entry of an ELF kernel that has several: "auto", "linux64", "pvh".
         irqchip: "kernel" for KVM's interrupt controllers and PIT; "none" for a machine without: there HLT ends it.
         debug_exit: status when the guest writes v to port 0xf4: "qemu" gives (v << 1) | 1, "raw" gives v.
+        symbols: System.map or ELF file to name addresses of a dead guest by; None looks beside the kernel.
         force: try a Linux kernel on a software KVM all the same.
     """
 
     __slots__ = (
         *("append", "cpu", "cpus", "debug_exit", "decompress", "flat", "force", "initrd"),
-        *("irqchip", "kernel", "modules", "protocol", "ram_mib"),
+        *("irqchip", "kernel", "modules", "protocol", "ram_mib", "symbols"),
     )
 
     def __init__(  # noqa: PLR0913 - a machine is these facts, all of them by name
@@ -66,6 +67,7 @@ class MachineConfig:
         protocol: str = "auto",
         irqchip: str = "kernel",
         debug_exit: str = "qemu",
+        symbols: str | PathLike[str] | None = None,
         force: bool = False,
     ) -> None:
         """Check and keep the description; raises ConfigError naming the value that is wrong."""
@@ -127,6 +129,7 @@ _TYPES: Final[dict[str, type]] = {
     "protocol": str,
     "irqchip": str,
     "debug_exit": str,
+    "symbols": str,
     "force": bool,
 }
 

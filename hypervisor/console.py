@@ -21,8 +21,8 @@ MAX_PENDING: Final = 1 << 16
 """Bytes of input that wait for the guest to read them; more are refused."""
 REST_NS: Final = 4_000_000
 """After output came, the next look at the ring: a thread that woke for each byte would slow the vCPUs down."""
-RETRY_NS: Final = 30_000_000
-"""How often to look whether the guest listens while input waits."""
+SETTLE_NS: Final = 50_000_000
+"""How often to look whether the guest listens while input waits; it must twice in a row before it gets any."""
 PANIC: Final = b"Kernel panic - not syncing"
 PANIC_END: Final = b"---[ end Kernel panic"
 PANIC_GRACE_NS: Final = 2_000_000_000
@@ -77,6 +77,7 @@ class Console:
         """Gives input to the UART; returns how much it took."""
         self.ready: Callable[[], bool] = lambda: True
         """Tells whether the guest listens. What is typed before waits: it would be lost when its driver starts."""
+        self._settled = False
         self._retry = loop.alarm(self._feed)
         self.on_input_room: Callable[[], None] | None = None
         """Called when input that waited has been taken."""
@@ -231,8 +232,13 @@ class Console:
         self._feed_scheduled = False
         if self.deliver is None or not self._pending:
             return
+        if not self._settled:  # a driver that is just opening reads and clears its receiver a few times more
+            self._settled = self.ready()
+            self._retry.set(time.monotonic_ns() + SETTLE_NS)
+            return
         if not self.ready():
-            self._retry.set(time.monotonic_ns() + RETRY_NS)
+            self._settled = False
+            self._retry.set(time.monotonic_ns() + SETTLE_NS)
             return
         with self._pending_lock:
             chunk = bytes(self._pending[:64])

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from devices.acpi_pm import S5_SLEEP_TYPE
-from hypervisor import boot, cpuid, layout
+from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
 from hypervisor.boot.mptable import build_mptable
 from hypervisor.bus import Bus
 from hypervisor.config import MachineConfig
 from hypervisor.console import Console
-from hypervisor.errors import ConfigError, HostError, ImageError
+from hypervisor.errors import ConfigError, HostError
 from hypervisor.eventloop import EventLoop
 from hypervisor.host import is_software_kvm
+from hypervisor.images import plan_boot
 from hypervisor.kvm import ByteRing, Kvm, Vm
 from hypervisor.kvm.handles import host_address
 from hypervisor.memory import GuestMemory
@@ -32,26 +31,7 @@ if TYPE_CHECKING:
 
     from devices.ports import IrqLine
 
-MAX_IMAGE: Final = 1 << 31
-"""Kernel and initrd files above 2 GiB are refused: boot protocols give sizes in 32 bits."""
 STOP_SECONDS: Final = 10.0
-
-
-def read_image(path: str | os.PathLike[str], what: str) -> bytes:
-    """Read a kernel, initrd or module file.
-
-    Raises:
-        ImageError: it is not there, is no file, or cannot be read.
-    """
-    try:
-        if Path(path).is_dir():
-            raise ImageError(f"{what} {os.fspath(path)} is a directory", hint="name the image file in it")
-        size = os.stat(path).st_size
-        if size > MAX_IMAGE:
-            raise ImageError(f"{what} {os.fspath(path)} has {size >> 20} MiB; at most {MAX_IMAGE >> 20} can be loaded")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read {what} {os.fspath(path)}: {error.strerror}") from error
 
 
 class Machine:
@@ -82,10 +62,9 @@ class Machine:
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._started = False
-        ram_bytes = config.ram_mib * layout.MIB
-        self.boot_plan = self._plan(ram_bytes)
+        self.boot_plan, self._symbols = plan_boot(config)
         with ExitStack() as stack:
-            self.memory = GuestMemory(ram_bytes)
+            self.memory = GuestMemory(config.ram_mib * layout.MIB)
             stack.callback(self.memory.close)
             kvm = stack.enter_context(Kvm())
             self._refuse_linux_on_software_kvm()
@@ -101,41 +80,6 @@ class Machine:
             self._stack = stack.pop_all()
 
     # --- building -----------------------------------------------------------------------------------------------------
-
-    def _plan(self, ram_bytes: int) -> boot.BootPlan:
-        config = self.config
-        kernel: bytes
-        append, initrd_path = config.append, config.initrd
-        if isinstance(config.kernel, bytes):
-            kernel, name = config.kernel, "kernel image"
-        else:
-            path = Path(config.kernel)
-            if path.name == os.fspath(config.kernel) and not path.is_file():
-                from hypervisor import kernels  # noqa: PLC0415 - only a run by name looks into the catalogue
-
-                named = kernels.find(path.name)
-                if named is not None:
-                    path = named.image
-                    append = named.command_line if append is None else append
-            name = os.fspath(path)
-            kernel = read_image(path, "kernel")
-        modules = []
-        for module in config.modules:
-            file, _, _ = module.partition(" ")
-            modules.append((file, read_image(file, "module"), module))
-        return boot.plan(
-            kernel,
-            name=name,
-            initrd=None if initrd_path is None else read_image(initrd_path, "initrd"),
-            initrd_name=os.fspath(initrd_path or ""),
-            modules=modules,
-            command_line=append or "",
-            ram_bytes=ram_bytes,
-            flat_bits=config.flat,
-            decompress=config.decompress,
-            protocol=config.protocol,
-            rsdp=layout.ACPI_TABLES,
-        )
 
     def _refuse_linux_on_software_kvm(self) -> None:
         if self.boot_plan.is_linux and not self.config.force and is_software_kvm():
@@ -326,7 +270,7 @@ class Machine:
             if outcome.death is not None and not outcome.detail:
                 from hypervisor.postmortem import explain  # noqa: PLC0415 - only a death needs a disassembler
 
-                explain(outcome, self.memory, self.boot_plan, software_kvm=is_software_kvm())
+                explain(outcome, self.memory, self.boot_plan, self._symbols, software_kvm=is_software_kvm())
         return outcome
 
 

@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         sub.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
     if options.version:
-        from importlib.metadata import version
+        from hypervisor import __version__
 
-        print(f"hv {version('trapvisor')}")
+        print(f"hv {__version__}")
         return 0
     if options.verb is None:
         parser.print_help()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hypervisor.cli.hostconsole import KINDS, HostConsole
 from hypervisor.config import MachineConfig
 from hypervisor.errors import ConfigError
+from hypervisor.images import is_name
 from hypervisor.machine import Machine
 from hypervisor.outcome import Outcome, Stop
 
@@ -63,6 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--protocol", metavar="NAME", help="entry of an ELF kernel: auto (default), linux64 or pvh")
     add("--irqchip", metavar="KIND", help="kernel (default), or none: no interrupts, and HLT ends the run")
     add("--debug-exit", metavar="HOW", help="status of `out 0xf4, v`: qemu (default) gives (v<<1)|1, raw gives v")
+    add("--symbols", metavar="FILE", help="System.map or ELF file to name a dead guest's addresses by")
     add("--console", metavar="WHERE", help=f"{KINDS} (default stdio)")
     add("--timeout", type=float, metavar="SECONDS", help="end the guest after this time, with status 124")
     add("--log-level", metavar="LEVEL", help="debug, info, warning (default) or error: events of hv on stderr")
@@ -151,6 +153,8 @@ def configure_logging(level: str, style: str) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run a guest to its end and return the exit status."""
     config, settings = load_settings(options)
+    if is_name(config.kernel):
+        _get_kernel(config.kernel)
     configure_logging(settings["log_level"], settings["log_format"])
     console = HostConsole(settings["console"])
     try:
@@ -167,6 +171,15 @@ def run(options: argparse.Namespace) -> int:
         lost = console.close()
     _report(outcome, console, lost)
     return outcome.status
+
+
+def _get_kernel(name: str) -> None:
+    """Fetch or build a kernel of the catalogue that is not in the cache yet."""
+    from hypervisor import kernels
+    from hypervisor.kernels.progress import for_stream
+
+    if name in kernels.names():
+        kernels.ensure(name, progress=for_stream(sys.stderr))
 
 
 def _wait(machine: Machine, timeout: float | None) -> Outcome:

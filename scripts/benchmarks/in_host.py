@@ -1,0 +1,48 @@
+"""Boots a Linux kernel under the minimal C VMM and under hv, in turn. Runs inside the emulated host.
+
+Arguments: MINIMAL-VMM VMLINUX INITRD COMMAND-LINE RAM-MIB ROUNDS. Prints JSON: for each side a list, one entry a round,
+of microseconds from the guest's first instruction to the write by /init that ends the run.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+from hypervisor import Machine, MachineConfig
+
+
+def theirs_us(program: str, kernel: str, initrd: str, command_line: str, ram_mib: int) -> int:
+    """Boot under the C VMM, which times itself."""
+    command = [program, kernel, initrd, command_line, str(ram_mib)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
+def ours_us(kernel: str, initrd: str, command_line: str, ram_mib: int) -> int:
+    """Boot under hv, by the same entry."""
+    config = MachineConfig(
+        kernel, initrd=initrd, append=command_line, ram_mib=ram_mib, protocol="linux64", debug_exit="raw"
+    )
+    with Machine(config) as machine:
+        started = time.monotonic_ns()
+        outcome = machine.run()
+        taken = time.monotonic_ns() - started
+        if outcome.status != 0:
+            sys.exit(f"hv ended with {outcome!r}\n{outcome.detail}\n{machine.console.output.decode(errors='replace')}")
+    return taken // 1000
+
+
+def main() -> None:
+    """Alternate between the two."""
+    program, kernel, initrd, command_line, ram_mib, rounds = sys.argv[1:]
+    ours, theirs = [], []
+    for _ in range(int(rounds)):
+        theirs.append(theirs_us(program, kernel, initrd, command_line, int(ram_mib)))
+        ours.append(ours_us(kernel, initrd, command_line, int(ram_mib)))
+    print(json.dumps({"ours": ours, "theirs": theirs}))
+
+
+if __name__ == "__main__":
+    main()
