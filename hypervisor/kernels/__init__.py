@@ -234,7 +234,7 @@ def get(name: str, *, update: bool = False, progress: Progress | None = None) ->
             if manifest is not None and state == "present":
                 if not update or manifest.version == recipe.latest(work, progress):
                     return _kernel(recipe, manifest)
-            elif manifest is not None and False:
+            elif manifest is not None and state == "damaged":
                 progress.say(
                     f"{name}: {', '.join(manifest.damage(deep=True)[:3])} is damaged in the cache; getting it anew"
                 )
