@@ -56,7 +56,7 @@ class Device(Protocol):
 class IrqLine(Protocol):
     """One interrupt input of the machine's interrupt controllers."""
 
-    def set(self, level: bool) -> None:  # noqa: FBT001 - a level is what a line has
+    def set(self, level: bool) -> None:
         """Drive the line high (True) or low (False); driving it to its present level does nothing."""
 
 
@@ -94,7 +94,7 @@ class FastPath(Protocol):
     def publish(self, offset: int, value: int | None) -> None:
         """Answer one-byte reads of `offset` with `value`; None sends them to the device again."""
 
-    def divert(self, offset: int, to_sink: bool) -> None:  # noqa: FBT001 - on or off
+    def divert(self, offset: int, to_sink: bool) -> None:
         """Append one-byte writes to `offset` to the device's ByteSink instead of calling the device."""
 
 
@@ -104,5 +104,5 @@ class NoFastPath:
     def publish(self, offset: int, value: int | None) -> None:
         """Do nothing."""
 
-    def divert(self, offset: int, to_sink: bool) -> None:  # noqa: FBT001 - the protocol's signature
+    def divert(self, offset: int, to_sink: bool) -> None:
         """Do nothing."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypervisor.config import MachineConfig
     from hypervisor.console import Console, ConsoleTimeout
-    from hypervisor.errors import ConfigError, GuestDied, HostError, ImageError, KvmError, VmmError
+    from hypervisor.errors import ConfigError, HostError, ImageError, KvmError, VmmError
     from hypervisor.machine import Machine
     from hypervisor.outcome import Outcome, Stop
 
@@ -27,7 +27,6 @@ _WHERE = {
     "ConfigError": "errors",
     "Console": "console",
     "ConsoleTimeout": "console",
-    "GuestDied": "errors",
     "HostError": "errors",
     "ImageError": "errors",
     "KvmError": "errors",
@@ -42,7 +41,6 @@ __all__ = [
     "ConfigError",
     "Console",
     "ConsoleTimeout",
-    "GuestDied",
     "HostError",
     "ImageError",
     "KvmError",

@@ -52,9 +52,7 @@ class Bus:
         self._direct: dict[int, Claim] = {}
         self._frozen = False
 
-    def claim(  # noqa: PLR0913 - a claim is these facts
-        self, base: int, size: int, device: Device, name: str, *, lock: threading.Lock | None = None
-    ) -> Claim:
+    def claim(self, base: int, size: int, device: Device, name: str, *, lock: threading.Lock | None = None) -> Claim:
         """Give `device` the addresses base..base+size-1.
 
         Args:

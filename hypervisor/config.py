@@ -24,8 +24,6 @@ CHOICES: Final = {
 }
 
 
-
-
 class MachineConfig:
     """A machine, described. Immutable; every value is checked here, so that a Machine gets none that is wrong.
 
@@ -46,6 +44,21 @@ class MachineConfig:
         symbols: System.map or ELF file to name addresses of a dead guest by; None looks beside the kernel.
         force: try a Linux kernel on a software KVM all the same.
     """
+
+    append: str | None
+    cpu: str
+    cpus: int
+    debug_exit: str
+    decompress: str
+    flat: int | None
+    force: bool
+    initrd: str | PathLike[str] | None
+    irqchip: str
+    kernel: str | PathLike[str] | bytes
+    modules: tuple[str, ...]
+    protocol: str
+    ram_mib: int
+    symbols: str | PathLike[str] | None
 
     __slots__ = (
         *("append", "cpu", "cpus", "debug_exit", "decompress", "flat", "force", "initrd"),
@@ -110,7 +123,9 @@ class MachineConfig:
             if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is int):
                 raise ConfigError(f"{source}: {key} is {value!r}", hint=f"it takes a {known[key].__name__}")
         if "kernel" not in values:
-            raise ConfigError(f"{source}: no kernel is named", hint='write kernel = "PATH", or name one on the command line')
+            raise ConfigError(
+                f"{source}: no kernel is named", hint='write kernel = "PATH", or name one on the command line'
+            )
         arguments = dict(values)
         arguments["modules"] = tuple(arguments.get("modules", ()))
         return cls(**arguments)

@@ -30,7 +30,7 @@ PANIC_GRACE_NS: Final = 2_000_000_000
 LAST_LINES: Final = 15
 
 
-class ConsoleTimeout(VmmError, TimeoutError):  # noqa: N818 - a timeout is an error by its base
+class ConsoleTimeout(VmmError, TimeoutError):
     """What was expected did not come in time. The message shows the last lines that did.
 
     Attributes:
@@ -168,7 +168,7 @@ class Console:
             self._changed.notify_all()
 
     def read(self, timeout: float | None = 0) -> bytes:
-        """Return the output since the last `read` or `expect`, waiting up to `timeout` seconds (None: ever) for some."""
+        """Return the output since the last `read` or `expect`; wait up to `timeout` seconds (None: ever) for some."""
         self.pump()
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._matched < self._position, timeout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from errno import errorcode
 from os import strerror
 
-__all__ = ["ConfigError", "GuestDied", "HostError", "ImageError", "KvmError", "VmmError"]
+__all__ = ["ConfigError", "HostError", "ImageError", "KvmError", "VmmError"]
 
 
 class VmmError(Exception):
@@ -55,9 +55,3 @@ class KvmError(HostError):
         super().__init__(f"{ioctl}: {strerror(errno)} ({errorcode.get(errno, errno)})", hint=hint)
         self.ioctl = ioctl
         self.errno = errno
-
-
-class GuestDied(VmmError):
-    """The guest can run no further: a triple fault, an internal error of KVM, a kernel panic."""
-
-    status = 4

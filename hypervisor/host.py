@@ -36,9 +36,9 @@ def quick_kind(kvm_path: str = "/dev/kvm", *, proc: str = "/proc", sys: str = "/
 
     /proc/cpuinfo is read only where the modules do not settle the question.
     """
-    if not os.path.exists(kvm_path):  # noqa: PTH110 - importing pathlib costs more than all of this
+    if not os.path.exists(kvm_path):
         return Kind.NONE
-    modules = [name for name in MODULE_KINDS if os.path.isdir(f"{sys}/module/{name}")]  # noqa: PTH112 - the same
+    modules = [name for name in MODULE_KINDS if os.path.isdir(f"{sys}/module/{name}")]
     return kind_by(modules, () if len(modules) == 1 else first_cpu(proc)[0])
 
 
@@ -74,7 +74,7 @@ def first_cpu(proc: str = "/proc") -> tuple[frozenset[str], str]:
 def read_text(path: str) -> str:
     """Return the first 64 KiB of a file of the kernel's as text, empty when it cannot be read."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - as above
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(1 << 16)
     except OSError:
         return ""

@@ -83,7 +83,7 @@ def plan_boot(config: MachineConfig) -> tuple[BootPlan, str | None]:
         protocol=config.protocol,
         rsdp=layout.ACPI_TABLES,
     )
-    return plan, symbols or _symbols_beside(name, plan.release)
+    return plan, os.fspath(symbols) if symbols else _symbols_beside(name, plan.release)
 
 
 def _symbols_beside(kernel: str, release: str | None) -> str | None:

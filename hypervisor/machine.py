@@ -11,13 +11,12 @@ from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
 from hypervisor.boot.mptable import build_mptable
 from hypervisor.bus import Bus
-from hypervisor.config import MachineConfig
 from hypervisor.console import Console
 from hypervisor.errors import ConfigError, HostError
 from hypervisor.eventloop import EventLoop
 from hypervisor.host import is_software_kvm
 from hypervisor.images import plan_boot
-from hypervisor.kvm import ByteRing, Kvm, Vm
+from hypervisor.kvm import ByteRing, Kvm
 from hypervisor.kvm.handles import host_address
 from hypervisor.memory import GuestMemory
 from hypervisor.outcome import Outcome, Stop
@@ -30,8 +29,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from devices.ports import IrqLine
+    from hypervisor.config import MachineConfig
 
 STOP_SECONDS: Final = 10.0
+AFTER_PANIC: Final = {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT}
+"""What a kernel may do after it has panicked, and is not to be blamed on anything else."""
 
 
 class Machine:
@@ -62,6 +64,7 @@ class Machine:
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._started = False
+        self._software_kvm = is_software_kvm()
         self.boot_plan, self._symbols = plan_boot(config)
         with ExitStack() as stack:
             self.memory = GuestMemory(config.ram_mib * layout.MIB)
@@ -82,10 +85,10 @@ class Machine:
     # --- building -----------------------------------------------------------------------------------------------------
 
     def _refuse_linux_on_software_kvm(self) -> None:
-        if self.boot_plan.is_linux and not self.config.force and is_software_kvm():
+        if self.boot_plan.is_linux and not self.config.force and self._software_kvm:
             raise HostError(
                 "this host's KVM is a software one (kvm_pvm): it cannot run a Linux kernel",
-                hint="run it in the emulated host: scripts/emulated-host -- hv run ...; --force tries it here all the same",
+                hint="run it in the emulated host: scripts/emulated-host -- hv run ...; --force tries it all the same",
             )
 
     def _build_vm(self, kvm: Kvm) -> None:
@@ -100,12 +103,21 @@ class Machine:
         for slot, ram in enumerate(self.memory.ranges):
             vm.set_memory(slot, ram.gpa, ram.size, base + ram.offset)
         supported = kvm.supported_cpuid()
+        has_lapic = config.irqchip == "kernel"
+        spec = config.cpu if has_lapic else f"{config.cpu},-x2apic"
         self.vcpus: list[Vcpu] = []
         for index in range(config.cpus):
             handle = vm.create_vcpu(index)
-            table = cpuid.build(supported, vcpu=index, cpus=config.cpus, spec=config.cpu, software_kvm=is_software_kvm())
+            table = cpuid.build(
+                supported,
+                vcpu=index,
+                cpus=config.cpus,
+                spec=spec,
+                software_kvm=self._software_kvm,
+                tsc_deadline=has_lapic,
+            )
             handle.set_cpuid(table)
-            reset_vcpu(handle, has_lapic=config.irqchip == "kernel")
+            reset_vcpu(handle, has_lapic=has_lapic)
             self.vcpus.append(Vcpu(handle, self.bus_pio, self.bus_mmio, self._end))
         apply_entry(self.vcpus[0].handle, self.boot_plan.entry)
 
@@ -238,7 +250,9 @@ class Machine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # --- ending -------------------------------------------------------------------------------------------------------
@@ -265,12 +279,10 @@ class Machine:
         self.console.end()
         self.debug_console.end()
         with self._lock:
-            if outcome.reason in {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT} and self.console.panic is not None:
+            if outcome.reason in AFTER_PANIC and self.console.panic is not None:
                 self._outcome = outcome = Outcome(Stop.PANIC, message=f"kernel panic: {self.console.panic}")
             if outcome.death is not None and not outcome.detail:
                 from hypervisor.postmortem import explain  # noqa: PLC0415 - only a death needs a disassembler
 
-                explain(outcome, self.memory, self.boot_plan, self._symbols, software_kvm=is_software_kvm())
+                explain(outcome, self.memory, self.boot_plan, self._symbols, software_kvm=self._software_kvm)
         return outcome
-
-

@@ -54,9 +54,9 @@ class GuestMemory:
 
     def _offset(self, gpa: int, size: int) -> int:
         if size >= 0:
-            if 0 <= gpa and gpa + size <= self._low:
+            if gpa >= 0 and gpa + size <= self._low:
                 return gpa
-            if RAM_HIGH_BASE <= gpa and gpa + size <= self._high_end:
+            if gpa >= RAM_HIGH_BASE and gpa + size <= self._high_end:
                 return gpa - RAM_HIGH_BASE + self._low
         raise GuestFault(gpa, size)
 

@@ -73,7 +73,9 @@ class Outcome:
     @classmethod
     def fault(cls, error: BaseException) -> Outcome:
         """Describe an end by an exception: its own family's status, 5 for what nobody foresaw."""
-        return cls(Stop.FAULT, status=getattr(error, "status", 5), message=f"{type(error).__name__}: {error}", error=error)
+        return cls(
+            Stop.FAULT, status=getattr(error, "status", 5), message=f"{type(error).__name__}: {error}", error=error
+        )
 
     def __repr__(self) -> str:
         return f"<Outcome {self.reason.name} status={self.status} {self.message!r}>"

@@ -84,7 +84,7 @@ class Symbols:
             ImageError: when the file cannot be read, is neither, or has no symbols.
         """
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 - takes any path-like, and pathlib is not needed otherwise
+            with open(path, "rb") as file:
                 data = file.read()
         except OSError as error:
             raise ImageError(f"{path}: {error.strerror}") from error

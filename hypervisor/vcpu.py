@@ -74,7 +74,7 @@ class Vcpu:
     def wait_parked(self) -> None:
         """Wait until the vCPU is out of the guest after `request_pause`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._parked or not self._running)
+            self._changed.wait_for(lambda: self._parked or not self._is_running())
 
     def resume(self) -> None:
         """Go on after `request_pause`."""
@@ -94,13 +94,12 @@ class Vcpu:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
-    @property
-    def _running(self) -> bool:
+    def _is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` between two entries of the guest, on the vCPU's own thread, and return what it does."""
-        if not self._running or self._thread is threading.current_thread():
+        if not self._is_running() or self._thread is threading.current_thread():
             return function()
         result: list[T] = []
         failure: list[BaseException] = []
@@ -118,8 +117,8 @@ class Vcpu:
             self._changed.notify_all()
         self.handle.kick()
         while not done.wait(0.1):
-            if not self._running and not done.is_set():
-                return function()
+            if not self._is_running() and not done.is_set():
+                return function()  # the thread ended before it came to this job
         if failure:
             raise failure[0]
         return result[0]

@@ -25,11 +25,12 @@ hv, 124 timeout, 128+N signal N, else the guest's own.
 
 def print_error(error: BaseException) -> None:
     """Print an error with its chain of causes on one line, and its hint on the next."""
-    parts = []
+    parts: list[str] = []
     link: BaseException | None = error
     while link is not None:
         text = str(link) or type(link).__name__
-        if not any(text in part or getattr(link, "strerror", None) and link.strerror in part for part in parts):
+        known = getattr(link, "strerror", None) or text  # an OSError's own text repeats the path
+        if not any(known in part for part in parts):
             parts.append(text)
         link = link.__cause__
     print(f"hv: {': '.join(parts)}", file=sys.stderr)
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         print_error(error)
         return error.status
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment] # the reader of our output is gone: nothing is left to say
+        sys.stdout = None  # the reader of our output is gone: nothing is left to say
         return 141
     except KeyboardInterrupt:
         return 130

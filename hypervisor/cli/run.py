@@ -36,7 +36,7 @@ exit status: 0 power-off, reset or halt; 2 bad usage, configuration or image; 3 
 """
 UNITS: Final = {"m": 1, "mib": 1, "g": 1024, "gib": 1024, "": 1}
 TIMEOUT_STATUS: Final = 124
-RUN_KEYS: Final = {"console": str, "timeout": (int, float), "log_level": str, "log_format": str}
+RUN_KEYS: Final[dict[str, Any]] = {"console": str, "timeout": (int, float), "log_level": str, "log_format": str}
 """Keys of a configuration file beside those of MachineConfig."""
 
 
@@ -86,7 +86,7 @@ def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str,
     if "ram" in given:
         given["ram_mib"] = parse_ram(given.pop("ram"))
     values |= given
-    settings = {"console": "stdio", "timeout": None, "log_level": "warning", "log_format": "console"}
+    settings: dict[str, Any] = {"console": "stdio", "timeout": None, "log_level": "warning", "log_format": "console"}
     for key, kind in RUN_KEYS.items():
         if key in values:
             if not isinstance(values[key], kind) or isinstance(values[key], bool):
@@ -153,7 +153,7 @@ def configure_logging(level: str, style: str) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run a guest to its end and return the exit status."""
     config, settings = load_settings(options)
-    if is_name(config.kernel):
+    if isinstance(config.kernel, str) and is_name(config.kernel):
         _get_kernel(config.kernel)
     configure_logging(settings["log_level"], settings["log_format"])
     console = HostConsole(settings["console"])

@@ -57,7 +57,14 @@ class RawTerminal:
         try:
             if os.fork():  # the guardian is nobody's child, so that nobody has to wait for it
                 os._exit(0)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTOU, signal.SIGTSTP):
+            for number in (
+                signal.SIGINT,
+                signal.SIGTERM,
+                signal.SIGHUP,
+                signal.SIGQUIT,
+                signal.SIGTTOU,
+                signal.SIGTSTP,
+            ):
                 signal.signal(number, signal.SIG_IGN)
             terminal = os.dup(self._fd)
             keep = {terminal, read_end}

@@ -29,15 +29,15 @@ def missing(programs: Iterable[str]) -> list[str]:
     return [program for program in programs if shutil.which(program) is None]
 
 
-def _last_word(output: str) -> str:
-    """Return the line of `output` that says most: the last one that speaks of an error, else the last."""
+def _telling_line(output: str) -> str:
+    """Return the line of `output` that says most: the first that is marked as an error, else the last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or line.startswith("E:")]
-    return (telling or lines or ["it said nothing"])[-1]
+    telling = next((line for line in lines if "error:" in line.lower() or line.startswith("E:")), None)
+    return telling or (lines or ["it said nothing"])[-1]
 
 
 def _failure(argv: Sequence[str], status: int, output: str, hint: str | None) -> HostError:
-    return HostError(f"{argv[0]} failed with status {status}: {_last_word(output)}", hint=hint)
+    return HostError(f"{argv[0]} failed with status {status}: {_telling_line(output)}", hint=hint)
 
 
 def _start(argv: Sequence[str], cwd: Path | None, *, merged: bool) -> subprocess.Popen[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
+from hypervisor.cpuid import Entry
 from hypervisor.errors import HostError, KvmError
 from hypervisor.kvm._kvm import ffi, lib
 from hypervisor.kvm.ioctls import control, control_value
@@ -20,18 +21,6 @@ if TYPE_CHECKING:
 MAX_CPUID_ENTRIES: Final = 256
 MAX_WINDOWS: Final = 256
 MAX_RINGS: Final = lib.HV_RINGS
-
-
-class CpuidEntry(NamedTuple):
-    """One row of a CPUID table: what `function` and `index` (EAX and ECX in) give out."""
-
-    function: int
-    index: int
-    flags: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
 
 
 class Kvm:
@@ -56,7 +45,9 @@ class Kvm:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -73,14 +64,12 @@ class Kvm:
         """Return how many vCPUs one VM may have here."""
         return self.check_extension(lib.KVM_CAP_MAX_VCPUS)
 
-    def supported_cpuid(self) -> list[CpuidEntry]:
+    def supported_cpuid(self) -> list[Entry]:
         """Return the CPUID table that this host can give a guest (KVM_GET_SUPPORTED_CPUID)."""
         table = ffi.new("struct kvm_cpuid2 *", {"entries": MAX_CPUID_ENTRIES})
         table.nent = MAX_CPUID_ENTRIES
         control(self._fd, lib.KVM_GET_SUPPORTED_CPUID, table)
-        return [
-            CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0 : table.nent]
-        ]
+        return [Entry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0 : table.nent]]
 
     def create_vm(self) -> Vm:
         """Make an empty VM."""

@@ -10,7 +10,8 @@ from hypervisor.kvm._kvm import ffi, lib
 IOCTL_NAMES: Final = {
     getattr(lib, name): name
     for name in dir(lib)
-    if name.startswith(("KVM_GET_", "KVM_SET_", "KVM_CREATE_")) or name in {"KVM_CHECK_EXTENSION", "KVM_IRQ_LINE", "KVM_TRANSLATE"}
+    if name.startswith(("KVM_GET_", "KVM_SET_", "KVM_CREATE_"))
+    or name in {"KVM_CHECK_EXTENSION", "KVM_IRQ_LINE", "KVM_TRANSLATE"}
 }
 
 

@@ -201,7 +201,9 @@ class Vcpu:
         """Give the vCPU its CPUID table: rows of function, index, flags, eax, ebx, ecx, edx."""
         table = ffi.new("struct kvm_cpuid2 *", {"entries": len(entries)})
         table.nent = len(entries)
-        for row, (function, index, flags, eax, ebx, ecx, edx) in zip(table.entries[0 : len(entries)], entries, strict=True):
+        for row, (function, index, flags, eax, ebx, ecx, edx) in zip(
+            table.entries[0 : len(entries)], entries, strict=True
+        ):
             row.function, row.index, row.flags = function, index, flags
             row.eax, row.ebx, row.ecx, row.edx = eax, ebx, ecx, edx
         control(self._fd, lib.KVM_SET_CPUID2, table)

@@ -68,6 +68,6 @@ def call(argv: Sequence[str | Path], *, env: dict[str, str] | None = None, tail:
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=env)
     if done.returncode:
         said = (done.stdout + done.stderr).decode(errors="replace").splitlines()
-        name = os.path.basename(argv[0])  # noqa: PTH119 - a str or a Path
+        name = os.path.basename(argv[0])
         raise HostCannotError(f"{name} failed with status {done.returncode}", "\n".join(said[-tail:]))
     return done.stdout.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Small guests on whatever KVM there is; without one these tests fail rather than skip (they run in the emulated host)."""
+"""Small guests on whatever KVM there is. Without one these tests fail: then they belong into the emulated host."""
 
 import os
 
@@ -12,7 +12,9 @@ EXIT_WITH = {code: bytes([0xB0, code, 0xE6, 0xF4, 0xF4]) for code in range(256)}
 
 @pytest.fixture(autouse=True, scope="session")
 def kvm_is_there():
-    assert os.access("/dev/kvm", os.R_OK | os.W_OK), "no usable /dev/kvm: run scripts/emulated-host -- pytest tests/guest"
+    assert os.access("/dev/kvm", os.R_OK | os.W_OK), (
+        "no usable /dev/kvm: run scripts/emulated-host -- pytest tests/guest"
+    )
 
 
 @pytest.fixture

@@ -34,7 +34,9 @@ class Probe:
         self.writes.append((offset, size, value))
 
 
-@pytest.mark.parametrize(("how", "value", "status"), [("raw", 7, 7), ("raw", 0, 0), ("qemu", 7, 15), ("qemu", 0, 1), ("qemu", 255, 255)])
+@pytest.mark.parametrize(
+    ("how", "value", "status"), [("raw", 7, 7), ("raw", 0, 0), ("qemu", 7, 15), ("qemu", 0, 1), ("qemu", 255, 255)]
+)
 def test_the_guests_own_status(machine_of, how, value, status):
     outcome = machine_of(EXIT_WITH[value], debug_exit=how).run(timeout=20)
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, status)
@@ -42,7 +44,10 @@ def test_the_guests_own_status(machine_of, how, value, status):
 
 def test_string_output_and_open_bus(machine_of):
     # mov dx,0x3f8; mov si,text; mov cx,5; cld; rep outsb; in al,0x80; out dx,al; mov al,0; out 0xf4,al; hlt
-    code = bytes.fromhex("baf803 be167c b90500 fc f36e e480 ee b000 e6f4 f4".replace(" ", "")).ljust(0x16, b"\x90") + b"hello"
+    code = (
+        bytes.fromhex("baf803 be167c b90500 fc f36e e480 ee b000 e6f4 f4".replace(" ", "")).ljust(0x16, b"\x90")
+        + b"hello"
+    )
     machine = machine_of(code)
     assert machine.run(timeout=20).status == 0
     assert machine.console.output == b"hello\xff"
@@ -128,7 +133,9 @@ def test_pause_holds_the_guest_still_and_resume_lets_it_go_on(machine_of):
     first = machine.memory.read(0x500, 4)
     time.sleep(0.05)
     assert machine.memory.read(0x500, 4) == first
-    assert machine.vcpus[0].registers["rax"] in range(int.from_bytes(first, "little"), int.from_bytes(first, "little") + 2)
+    assert machine.vcpus[0].registers["rax"] in range(
+        int.from_bytes(first, "little"), int.from_bytes(first, "little") + 2
+    )
     machine.resume()
     deadline = time.monotonic() + 10
     while machine.memory.read(0x500, 4) == first and time.monotonic() < deadline:

@@ -50,7 +50,9 @@ def test_debian_unpacked_on_the_host_with_four_vcpus(boot):
 
 
 def test_debian_elf_by_the_64_bit_entry_with_4_gib(boot):
-    shell = boot(str(kernels.vmlinux("debian")), protocol="linux64", ram_mib=4096, initrd=kernels.default_initramfs("debian"))
+    shell = boot(
+        str(kernels.vmlinux("debian")), protocol="linux64", ram_mib=4096, initrd=kernels.default_initramfs("debian")
+    )
     assert "64-bit entry" in shell.machine.boot_plan.kind
     assert 3800 <= memory_mib(shell) <= 4096
     ram = shell.run("cat /proc/iomem | grep 'System RAM'")
@@ -59,7 +61,9 @@ def test_debian_elf_by_the_64_bit_entry_with_4_gib(boot):
 
 
 def test_debian_elf_by_pvh_with_four_vcpus(boot):
-    shell = boot(str(kernels.vmlinux("debian")), protocol="pvh", cpus=4, ram_mib=128, initrd=kernels.default_initramfs("debian"))
+    shell = boot(
+        str(kernels.vmlinux("debian")), protocol="pvh", cpus=4, ram_mib=128, initrd=kernels.default_initramfs("debian")
+    )
     assert "PVH" in shell.machine.boot_plan.kind
     assert shell.run("nproc") == "4"
     assert power_off(shell).status == 0
@@ -82,7 +86,15 @@ def test_the_platform_as_linux_sees_it(boot):
     assert "PCI: Using configuration type 1" in log
     assert "rtc_cmos" in log
     assert "ACPI: Interpreter enabled" in log
-    for word in ("ACPI Error", "ACPI BIOS Error", "ACPI Warning", "MP-BIOS bug", "[Firmware Bug]", "Call Trace", "spurious"):
+    for word in (
+        "ACPI Error",
+        "ACPI BIOS Error",
+        "ACPI Warning",
+        "MP-BIOS bug",
+        "[Firmware Bug]",
+        "Call Trace",
+        "spurious",
+    ):
         assert word not in log, word
     seconds = int(shell.run("date +%s"))
     assert abs(seconds - time.time()) < 60

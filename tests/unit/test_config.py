@@ -52,7 +52,7 @@ def test_it_cannot_be_changed_but_copied():
     ],
 )
 def test_tables_are_checked(table, named):
-    with pytest.raises(ConfigError, match="m.toml: ") as caught:
+    with pytest.raises(ConfigError, match=r"m\.toml: ") as caught:
         MachineConfig.from_mapping(table, "m.toml")
     assert named in str(caught.value)
 

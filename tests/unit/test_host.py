@@ -159,11 +159,11 @@ def test_a_hardware_host_runs_everything(host: Host) -> None:
 
 def test_looking_leaves_no_descriptor_behind(host: Host) -> None:
     host.cpu("svm").modules("kvm_amd")
-    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - only how many there are is wanted
+    before = len(os.listdir("/proc/self/fd"))
     for api in (12, 11):
         host.api = api
         host.inspect()
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 - the same
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_software_host_runs_small_guests_and_points_to_the_emulated_host(host: Host) -> None:

@@ -67,7 +67,8 @@ def test_ram_above_three_gib_continues_at_four(large):
 
 
 @pytest.mark.parametrize(
-    ("gpa", "size"), [(3 * GIB - 1, 2), (3 * GIB, 1), (4 * GIB - 1, 2), (6 * GIB, 1), (6 * GIB - 1, 2), (-1, 1), (0, -1), (2**64, 1)]
+    ("gpa", "size"),
+    [(3 * GIB - 1, 2), (3 * GIB, 1), (4 * GIB - 1, 2), (6 * GIB, 1), (6 * GIB - 1, 2), (-1, 1), (0, -1), (2**64, 1)],
 )
 def test_the_hole_and_the_ends_are_no_ram(large, gpa, size):
     with pytest.raises(GuestFault):
