@@ -21,6 +21,9 @@ MAX_PENDING: Final = 1 << 16
 """Bytes of input that wait for the guest to read them; more are refused."""
 REST_NS: Final = 4_000_000
 """After output came, the next look at the ring: a thread that woke for each byte would slow the vCPUs down."""
+LOW_WATER: Final = MAX_PENDING // 2
+TRANSFER: Final = 64
+"""Bytes that are offered to a device at a time; a 16550 takes up to 16."""
 SETTLE_NS: Final = 50_000_000
 """How often to look whether the guest listens while input waits; it must twice in a row before it gets any."""
 PANIC: Final = b"Kernel panic - not syncing"
@@ -70,17 +73,16 @@ class Console:
         self._scan_tail = b""
         self._pending = bytearray()
         self._pending_lock = threading.Lock()
-        self._feed_scheduled = False
         self.listeners: list[Callable[[bytes], None]] = []
         self.on_panic: Callable[[str], None] | None = None
-        self.deliver: Callable[[bytes], int] | None = None
-        """Gives input to the UART; returns how much it took."""
+        self.deliver: Callable[[], None] = lambda: None
+        """Calls `transfer` with the device's `receive`, under the device's lock."""
         self.ready: Callable[[], bool] = lambda: True
         """Tells whether the guest listens. What is typed before waits: it would be lost when its driver starts."""
         self._settled = False
         self._retry = loop.alarm(self._feed)
         self.on_input_room: Callable[[], None] | None = None
-        """Called when input that waited has been taken."""
+        """Called on the loop's thread when half of the room for input is free again."""
         loop.watch(ring.fileno(), self._on_output)
 
     # --- output -------------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ class Console:
         with self._pending_lock:
             accepted = raw[: MAX_PENDING - len(self._pending)]
             self._pending += accepted
-        self.schedule_input()
+        self._loop.call_soon(self._feed)
         return len(accepted)
 
     @property
@@ -222,31 +224,24 @@ class Console:
         """How many bytes `write` would take now."""
         return MAX_PENDING - len(self._pending)
 
-    def schedule_input(self) -> None:
-        """Give waiting input to the UART soon; called by it when the guest has made room."""
-        if self._pending and not self._feed_scheduled:
-            self._feed_scheduled = True
-            self._loop.call_soon(self._feed)
-
     def _feed(self) -> None:
-        self._feed_scheduled = False
-        if self.deliver is None or not self._pending:
+        """Give waiting input to the device, once it is ready for some; on the loop's thread."""
+        if not self._pending:
             return
-        if not self._settled:  # a driver that is just opening reads and clears its receiver a few times more
-            self._settled = self.ready()
+        ready = self.ready()
+        if ready and self._settled:
+            self.deliver()
+        else:  # a driver that is just opening reads and clears its receiver a few times more
+            self._settled = ready
             self._retry.set(time.monotonic_ns() + SETTLE_NS)
-            return
-        if not self.ready():
-            self._settled = False
-            self._retry.set(time.monotonic_ns() + SETTLE_NS)
-            return
+
+    def transfer(self, receive: Callable[[bytes], int]) -> None:
+        """Hand waiting input to `receive`, which returns how much it took. The device's lock is held."""
+        with self._pending_lock:  # nothing else is ever taken while it is held
+            chunk = bytes(self._pending[:TRANSFER])
+        taken = receive(chunk) if chunk else 0
         with self._pending_lock:
-            chunk = bytes(self._pending[:64])
-        taken = self.deliver(chunk)
-        with self._pending_lock:
+            before = len(self._pending)
             del self._pending[:taken]
-            more = bool(self._pending)
-        if taken and more:
-            self.schedule_input()
-        if taken and self.on_input_room is not None:
-            self.on_input_room()
+        if self.on_input_room is not None and before > LOW_WATER >= before - taken:
+            self._loop.call_soon(self.on_input_room)

@@ -155,7 +155,7 @@ class Machine:
         memory = self.memory
         cpus = self.config.cpus
         if memory.size >= layout.HIGH_MEMORY:
-            memory.write(layout.ACPI_TABLES, build_tables(cpus=cpus, s5_sleep_type=S5_SLEEP_TYPE))
+            memory.write(layout.ACPI_TABLES, build_tables(cpus=cpus, s5_sleep_type=S5_SLEEP_TYPE, i8042=False))
             for gpa, table in build_mptable(cpus=cpus):
                 memory.write(gpa, table)
         for segment in self.boot_plan.segments:

@@ -115,13 +115,13 @@ class Pc:
         ports.claim(layout.PCI_CONFIG, 8, PciConfigPorts(on_reset=on_reset), "pci")
 
     def _connect_console(self, console: Console, claim: Claim, is_polled: Callable[[int], bool]) -> None:
-        def deliver(data: bytes) -> int:
+        def deliver() -> None:
             with claim.lock:
-                return self.uart.receive(data)
+                console.transfer(self.uart.receive)
 
         console.deliver = deliver
         console.ready = lambda: self.uart.listening or is_polled(layout.COM1 + UART_LSR)
-        self.uart.on_room = console.schedule_input
+        self.uart.on_room = lambda: console.transfer(self.uart.receive)
 
     def _alarm(self, claims: list[Claim], fire: Callable[[], None]) -> LoopAlarm:
         """Make an alarm that calls `fire` under the lock of the claim that `claims` will hold."""

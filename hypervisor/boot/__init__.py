@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hypervisor.boot.image import BootPlan, BootRequest, Module, Segment
+from hypervisor.boot.image import BootPlan, BootRequest, Module, Segment, encode
 from hypervisor.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ def plan(  # noqa: PLR0913 - one keyword for each thing that the user may say
     request = BootRequest(
         name=name,
         ram_bytes=ram_bytes,
-        command_line=_encode(command_line, "the kernel command line"),
+        command_line=encode(command_line, "the kernel command line"),
         initrd=None if initrd is None else memoryview(initrd).cast("B"),
         initrd_name=initrd_name,
         modules=tuple(
-            Module(path, memoryview(content).cast("B"), _encode(string, f"the string of module {path}"))
+            Module(path, memoryview(content).cast("B"), encode(string or path, f"the string of module {path}"))
             for path, content, string in modules
         ),
         protocol=protocol,
@@ -120,14 +120,3 @@ def _by_content(data: memoryview, request: BootRequest, decompress: str) -> Boot
     from hypervisor.boot import sniff  # noqa: PLC0415 - only failures need it
 
     raise ImageError(f"{request.name} is {sniff.describe(data)}, no kernel", hint=sniff.advice(data))
-
-
-def _encode(text: str, what: str) -> bytes:
-    """Return `text` as the bytes that it had on the command line (PEP 383); none of them may be zero."""
-    try:
-        encoded = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{what} has a character that is no text") from error
-    if b"\0" in encoded:
-        raise ConfigError(f"{what} has a zero byte in it")
-    return encoded

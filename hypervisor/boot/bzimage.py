@@ -34,13 +34,13 @@ KERNEL_VERSION: Final = 0x20E
 LOADFLAGS: Final = 0x211
 INITRD_ADDR_MAX: Final = 0x22C
 KERNEL_ALIGNMENT: Final = 0x230
-RELOCATABLE: Final = 0x234
+"""relocatable_kernel, one byte, follows it."""
 XLOADFLAGS: Final = 0x236
 CMDLINE_SIZE: Final = 0x238
 PAYLOAD_OFFSET: Final = 0x248
-PAYLOAD_LENGTH: Final = 0x24C
+"""payload_length follows it."""
 PREF_ADDRESS: Final = 0x258
-INIT_SIZE: Final = 0x260
+"""init_size follows it."""
 SHORTEST: Final = 0x268
 """Where the header of protocol 2.12 ends, after handover_offset."""
 
@@ -64,7 +64,6 @@ class SetupHeader(NamedTuple):
     """What this loader reads of a setup header.
 
     Attributes:
-        version: boot protocol, 0x020C for 2.12.
         release: first word of the kernel's version string, or "" when there is none.
         code: offset in the file of the protected-mode part.
         code_size: its bytes.
@@ -79,7 +78,6 @@ class SetupHeader(NamedTuple):
         raw: the header from offset 0x1F1 of the file.
     """
 
-    version: int
     release: str
     code: int
     code_size: int
@@ -149,7 +147,6 @@ def parse(data: memoryview, name: str) -> SetupHeader:
     if pref_address < layout.HIGH_MEMORY:
         raise ImageError(f"{name}: pref_address {pref_address:#x} is below 1 MiB", hint=_DAMAGED)
     return SetupHeader(
-        version=unpack_from("<H", data, VERSION)[0],
         release=_release(data, code),
         code=code,
         code_size=code_size,

@@ -4,7 +4,7 @@ Numbers and bits are those of the AMD64 Architecture Programmer's Manual, volume
 segment descriptors in 4.7 and 4.8.
 """
 
-from __future__ import annotations
+# Annotations are not postponed here: typing compiles each one of a NamedTuple that is, at every start.
 
 from struct import pack
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -137,13 +137,13 @@ def _descriptor(register: SegmentRegister) -> int:
     return 0xFFFF | access << 40 | 0xF << 48 | flags << 52
 
 
-def put_gdt(placement: Placement, *, long_mode: bool) -> None:
+def put_gdt(placement: "Placement", *, long_mode: bool) -> None:
     """Put a GDT with flat code at selector 0x10 and flat data at 0x18, as the Linux boot protocol wants them."""
     code = _CODE64 if long_mode else _CODE32
     placement.put("the boot GDT", layout.BOOT_GDT, pack("<4Q", 0, 0, _descriptor(code), _descriptor(_DATA32)))
 
 
-def put_page_tables(placement: Placement) -> None:
+def put_page_tables(placement: "Placement") -> None:
     """Put page tables that map the first 4 GiB one to one by 2 MiB pages: PML4, PDPT, four page directories."""
     pml4 = layout.PAGE_TABLES
     pdpt = pml4 + 0x1000

@@ -1,6 +1,6 @@
 """What a loader hands to the machine, and the one place that decides what lies where in guest RAM."""
 
-from __future__ import annotations
+# Annotations are not postponed here: typing compiles each one of a NamedTuple that is, at every start.
 
 from bisect import bisect_right, insort
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
@@ -11,7 +11,7 @@ from hypervisor.errors import ConfigError, ImageError
 if TYPE_CHECKING:
     from hypervisor.boot.entry import EntryState
 
-__all__ = ["PAGE", "BootPlan", "BootRequest", "Buffer", "Module", "Placement", "Segment", "page_up"]
+__all__ = ["PAGE", "BootPlan", "BootRequest", "Buffer", "Module", "Placement", "Segment", "encode", "page_up"]
 
 PAGE: Final = 4096
 TABLES_END: Final = layout.HIGH_MEMORY - PAGE
@@ -40,7 +40,7 @@ class Module(NamedTuple):
     """One multiboot module.
 
     Attributes:
-        name: its path, for messages; also its string where `string` is empty.
+        name: its path, for messages.
         data: its bytes.
         string: what the guest gets with it (Multiboot 0.6.96, 3.3, the `string` of a module).
     """
@@ -87,11 +87,26 @@ class BootPlan(NamedTuple):
     """
 
     segments: tuple[Segment, ...]
-    entry: EntryState
+    entry: "EntryState"
     kind: str
     is_linux: bool
     release: str | None
     symbols: Buffer | None
+
+
+def encode(text: str, what: str) -> bytes:
+    """Return `text` as the bytes that it had on the command line (PEP 383).
+
+    Raises:
+        ConfigError: if it has a character that no text has, or a zero byte; `what` says in the message what it is.
+    """
+    try:
+        encoded = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} has a character that is no text") from error
+    if b"\0" in encoded:
+        raise ConfigError(f"{what} has a zero byte in it")
+    return encoded
 
 
 def page_up(value: int) -> int:
@@ -133,11 +148,6 @@ class Placement:
         """What was put so far, by rising address."""
         return tuple(sorted(self._segments, key=lambda segment: segment.gpa))
 
-    @property
-    def top(self) -> int:
-        """Return the end of the highest range taken, at least 1 MiB."""
-        return self._top
-
     def reserve(self, label: str, gpa: int, size: int) -> None:
         """Take a range without giving it bytes.
 
@@ -169,7 +179,9 @@ class Placement:
                 hint="link it lower; only RAM below 3 GiB is used for loading",
             )
         if end > self.ram_end:
-            self._too_small(page_up(end) + self._later)
+            need = page_up(end) + self._later
+            # What comes later may still find room below.
+            self._too_small(need if need <= layout.RAM_LOW_END else page_up(end))
 
     def put(self, label: str, gpa: int, data: Buffer, size: int | None = None) -> None:
         """Take a range and give it bytes.
@@ -228,8 +240,6 @@ class Placement:
 
     def _too_small(self, need: int) -> NoReturn:
         mib = -(-need // layout.MIB)
-        if need > layout.RAM_LOW_END:
-            raise ImageError(f"{self._name}: needs {mib} MiB of RAM below 3 GiB, more than a machine has")
         raise ConfigError(
             f"{self._name}: needs at least {mib} MiB of RAM, this machine has {self.ram_end / layout.MIB:g} MiB",
             hint=f"--ram {mib} or more",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from hypervisor import layout
 from hypervisor.boot import elf, entry
 from hypervisor.boot.e820 import memory_map
-from hypervisor.boot.image import BootPlan, Module, Placement, page_up
+from hypervisor.boot.image import BootPlan, Module, Placement, encode, page_up
 from hypervisor.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -123,15 +123,12 @@ def plan(data: memoryview, request: BootRequest, header: Header) -> BootPlan:
 def _modules(request: BootRequest) -> tuple[Module, ...]:
     modules = request.modules
     if request.initrd is not None:
-        modules = (Module(request.initrd_name, request.initrd, b""), *modules)
+        name = request.initrd_name
+        modules = (Module(name, request.initrd, encode(name, "the initrd's name")), *modules)
     for module in modules:
         if not module.data:
             raise ImageError(f"{module.name} is an empty file", hint="a module has at least one byte")
     return modules
-
-
-def _string(module: Module) -> bytes:
-    return module.string or module.name.encode("utf-8", "surrogateescape")
 
 
 def _by_elf(data: memoryview, name: str) -> _Kernel:
@@ -173,7 +170,7 @@ def _by_header(data: memoryview, name: str, header: Header) -> _Kernel:
 
 def _info_size(request: BootRequest, modules: tuple[Module, ...]) -> int:
     """Return the bytes of the information structure with its lists and strings."""
-    strings = [LOADER_NAME, request.command_line, *(_string(module) for module in modules)]
+    strings = [LOADER_NAME, request.command_line, *(module.string for module in modules)]
     size = INFO_SIZE + 16 * len(modules) + 24 * len(memory_map(request.ram_bytes)) + sum(len(s) + 1 for s in strings)
     if size > INFO_MAX:
         raise ConfigError(
@@ -200,7 +197,7 @@ def _fill_info(info: bytearray, request: BootRequest, modules: tuple[Module, ...
         return base + start
 
     for index, (module, gpa) in enumerate(zip(modules, places, strict=True)):
-        record = pack("<IIII", gpa, gpa + len(module.data), put_string(_string(module)), 0)
+        record = pack("<IIII", gpa, gpa + len(module.data), put_string(module.string), 0)
         info[module_list + 16 * index : module_list + 16 * index + 16] = record
     low = min(request.ram_bytes, layout.EBDA)
     high = max(min(request.ram_bytes, layout.RAM_LOW_END) - layout.HIGH_MEMORY, 0)

@@ -126,7 +126,7 @@ def _without_signature(data: memoryview) -> tuple[str, str]:
         return f"{len(data)} zero bytes", "was the copy or the download interrupted?"
     if all(byte in b"\t\n\r\f\x1b" or byte >= 0x20 for byte in head[:TEXT_SAMPLE]) and _is_utf8(head[:TEXT_SAMPLE]):
         return "a text file", WHAT_BOOTS
-    return "no kind of file that is known here", WHAT_BOOTS
+    return "an unknown kind of file", WHAT_BOOTS
 
 
 def _is_utf8(sample: bytes) -> bool:

@@ -28,7 +28,7 @@ TYPE_OF_LOADER: Final = 0x210
 LOADFLAGS: Final = 0x211
 CODE32_START: Final = 0x214
 RAMDISK_IMAGE: Final = 0x218
-RAMDISK_SIZE: Final = 0x21C
+"""ramdisk_size follows it."""
 CMD_LINE_PTR: Final = 0x228
 KERNEL_ALIGNMENT: Final = 0x230
 CMDLINE_SIZE: Final = 0x238

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import Final
@@ -39,8 +40,18 @@ def print_error(error: BaseException) -> None:
         print(f"    {hint}", file=sys.stderr)
 
 
+def _open_standard_streams() -> None:
+    """Put /dev/null where a standard stream is closed, or the next file opened, such as /dev/kvm, takes its number."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `hv` with these arguments (by default the process's own) and return its exit status."""
+    _open_standard_streams()
     arguments = sys.argv[1:] if argv is None else argv
     import argparse
 
@@ -73,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         status: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except VmmError as error:
         print_error(error)
         return error.status

@@ -135,13 +135,14 @@ class HostConsole:
     def _read_more(self) -> None:
         """Watch the input while there is room for it; a plain file, which cannot be watched, is read at once."""
         machine = self.machine
-        if machine is None or self._watched or self._input_over or machine.console.input_room < CHUNK:
+        if machine is None or self._watched or self._input_over:
             return
         try:
             machine.loop.watch(self._in_fd, self._on_input)
             self._watched = True
         except PermissionError:
-            self._on_input()
+            while machine.console.input_room >= CHUNK and not self._input_over:
+                self._read_once(machine)
         except OSError:
             self._input_over = True  # a closed standard input: the guest runs without one
 
@@ -149,6 +150,12 @@ class HostConsole:
         machine = self.machine
         if machine is None:
             return
+        self._read_once(machine)
+        if self._input_over or machine.console.input_room < CHUNK:
+            machine.loop.unwatch(self._in_fd)
+            self._watched = False
+
+    def _read_once(self, machine: Machine) -> None:
         try:
             data = os.read(self._in_fd, CHUNK)
         except BlockingIOError:
@@ -157,12 +164,8 @@ class HostConsole:
             data = b""
         if not data:
             self._input_over = True
-        else:
-            data = self._filter(data) if self._filter else data
-            machine.console.write(data)
-        if self._input_over or machine.console.input_room < CHUNK:
-            machine.loop.unwatch(self._in_fd)
-            self._watched = False
+            return
+        machine.console.write(self._filter(data) if self._filter else data)
 
     def _end(self) -> None:
         if self.machine is not None:

@@ -1,8 +1,10 @@
 /* The least that boots Linux on KVM: an ELF vmlinux by its 64-bit entry, in-kernel interrupt controllers and PIT, and a
  * UART of which nothing but its registers is there. What hv's boot time is measured against.
  *
- * usage: minimal-vmm VMLINUX INITRD COMMAND-LINE RAM-MIB
+ * usage: minimal-vmm VMLINUX INITRD COMMAND-LINE RAM-MIB ACPI-TABLES
  *
+ * ACPI-TABLES is a file with the tables that hv gives its guests, for address 0xe0000: a kernel without them falls back
+ * to the 8259 and xAPIC, which makes every timer tick dearer.
  * A write to port 0xf4 ends the run; a reset by the keyboard controller ends it as a failure. What the guest prints goes
  * to stderr. Prints the microseconds from the first KVM_RUN to the end, and the exits. Linked statically, so that it
  * runs anywhere.
@@ -26,13 +28,26 @@
 #define PAGE_TABLES 0x9000u /* PML4, PDPT, four page directories */
 #define COMMAND_LINE 0x20000u
 #define LOW_END 0x9fc00u
+#define ACPI_TABLES 0xe0000u
 #define HIGH_MEMORY 0x100000u
+#define HUGE (2u << 20)
 #define COM1 0x3f8
+#define PM1_STATUS 0x600
+#define PM1_CONTROL 0x604
+#define PM1_SCI_ENABLED 1
+#define PM_TIMER 0x608
+#define PM_TIMER_HZ 3579545u
 #define DEBUG_EXIT 0xf4
 #define CMOS_DATA 0x71
 #define I8042_COMMAND 0x64
 #define I8042_RESET 0xfe
 #define MAX_CPUID 256
+/* CPUID 1 ECX, which KVM leaves to the VMM: a kernel looks for KVM's clock only with the one; without the other it
+ * calibrates its timer against the PIT. */
+#define HYPERVISOR (1u << 31)
+#define TSC_DEADLINE (1u << 24)
+#define LAPIC_LINT0 0x350
+#define DELIVER_EXTINT 0x700
 
 static uint8_t *ram;
 static uint64_t ram_size;
@@ -50,6 +65,18 @@ static uint64_t now_us(void)
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (uint64_t)time.tv_sec * 1000000u + (uint64_t)time.tv_nsec / 1000u;
+}
+
+/* KVM maps huge pages only where guest and host addresses agree below 2 MiB. */
+static uint8_t *map_ram(void)
+{
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    uint8_t *at = mmap(NULL, ram_size + HUGE, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (at == MAP_FAILED)
+        err(3, "mmap");
+    at = (uint8_t *)(((uintptr_t)at + HUGE - 1) & ~(uintptr_t)(HUGE - 1));
+    madvise(at, ram_size, MADV_HUGEPAGE);
+    return at;
 }
 
 static const uint8_t *map_file(const char *path, uint64_t *size)
@@ -156,8 +183,21 @@ static void set_cpuid(int kvm, int vcpu)
         err(3, "calloc");
     table->nent = MAX_CPUID;
     control(kvm, KVM_GET_SUPPORTED_CPUID, table, "KVM_GET_SUPPORTED_CPUID");
+    for (uint32_t i = 0; i < table->nent; i++)
+        if (table->entries[i].function == 1)
+            table->entries[i].ecx |= HYPERVISOR | TSC_DEADLINE;
     control(vcpu, KVM_SET_CPUID2, table, "KVM_SET_CPUID2");
     free(table);
+}
+
+/* The PIC's interrupts reach the CPU through its local APIC, as firmware leaves it. */
+static void set_virtual_wire(int vcpu)
+{
+    struct kvm_lapic_state lapic;
+    uint32_t entry = DELIVER_EXTINT;
+    control(vcpu, KVM_GET_LAPIC, &lapic, "KVM_GET_LAPIC");
+    memcpy(lapic.regs + LAPIC_LINT0, &entry, sizeof entry);
+    control(vcpu, KVM_SET_LAPIC, &lapic, "KVM_SET_LAPIC");
 }
 
 static void set_long_mode(int vcpu, uint64_t entry)
@@ -200,6 +240,24 @@ static void answer_uart(unsigned reg, int out, uint8_t *value)
         *value = file[reg];
 }
 
+/* ACPI's fixed registers: none of their events ever happens. */
+static void answer_pm(uint16_t port, int out, uint8_t *data, unsigned size)
+{
+    static uint8_t file[8] = { [PM1_CONTROL - PM1_STATUS] = PM1_SCI_ENABLED };
+    unsigned at = port - PM1_STATUS;
+    uint32_t ticks = (uint32_t)(now_us() * PM_TIMER_HZ / 1000000u);
+    if (port >= PM_TIMER)
+        memcpy(data, &ticks, size < 4 ? size : 4);
+    else if (at + size > sizeof file)
+        memset(data, 0xff, size);
+    else if (!out)
+        memcpy(data, file + at, size);
+    else if (at >= 2) { /* the status stays clear */
+        memcpy(file + at, data, size);
+        file[PM1_CONTROL - PM1_STATUS] |= PM1_SCI_ENABLED;
+    }
+}
+
 /* Answer one port exit; return whether the run is over. */
 static int answer_port(struct kvm_run *run)
 {
@@ -213,6 +271,8 @@ static int answer_port(struct kvm_run *run)
     for (uint32_t i = 0; i < run->io.count; i++, data += run->io.size) {
         if (port >= COM1 && port < COM1 + 8)
             answer_uart(port - COM1, out, data);
+        else if (port >= PM1_STATUS && port < PM_TIMER + 4)
+            answer_pm(port, out, data, run->io.size);
         else if (!out)
             memset(data, port == CMOS_DATA ? 0 : 0xff, run->io.size);
     }
@@ -221,15 +281,15 @@ static int answer_port(struct kvm_run *run)
 
 int main(int count, char **arguments)
 {
-    if (count != 5)
-        errx(2, "usage: minimal-vmm VMLINUX INITRD COMMAND-LINE RAM-MIB");
+    if (count != 6)
+        errx(2, "usage: minimal-vmm VMLINUX INITRD COMMAND-LINE RAM-MIB ACPI-TABLES");
     ram_size = strtoull(arguments[4], NULL, 0) << 20;
-    ram = mmap(NULL, ram_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (ram == MAP_FAILED)
-        err(3, "mmap");
-    madvise(ram, ram_size, MADV_HUGEPAGE); /* as hv does */
+    ram = map_ram();
     uint64_t entry = load_kernel(arguments[1]);
     put_zero_page(arguments[2], arguments[3]);
+    uint64_t tables_size;
+    const uint8_t *tables = map_file(arguments[5], &tables_size);
+    put(ACPI_TABLES, tables, tables_size);
     put_tables();
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (kvm < 0)
@@ -241,6 +301,7 @@ int main(int count, char **arguments)
     if (run == MAP_FAILED)
         err(3, "mmap of kvm_run");
     set_cpuid(kvm, vcpu);
+    set_virtual_wire(vcpu);
     set_long_mode(vcpu, entry);
     uint64_t exits = 0, started = now_us();
     for (int over = 0; !over; exits++) {

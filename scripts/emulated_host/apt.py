@@ -80,7 +80,20 @@ class Apt:
         into.mkdir()
         # `download` writes to the current folder, and to no other.
         script = 'cd "$1" && shift && exec "$@"'
-        call(["/bin/sh", "-c", script, "sh", str(into), find_tool("apt-get"), *self._options, "-q", "download", *packages])
+        call(
+            [
+                "/bin/sh",
+                "-c",
+                script,
+                "sh",
+                str(into),
+                find_tool("apt-get"),
+                *self._options,
+                "-q",
+                "download",
+                *packages,
+            ]
+        )
         return sorted(into.glob("*.deb"))
 
 

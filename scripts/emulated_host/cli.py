@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from emulated_host.errors import HostCannotError, UsageError, find_tool, say
+from emulated_host.errors import HostCannotError, UsageError, call, find_tool, say
 from emulated_host.image import ready_image
 from emulated_host.machine import Machine, Size, command_line
 from emulated_host.payload import CHECKOUT, make_payload, parse_with
@@ -77,7 +76,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--memory", type=int, default=4096, metavar="MIB", help="memory in MiB (default 4096; a guest's comes out of it)")
+    add(
+        "--memory",
+        type=int,
+        default=4096,
+        metavar="MIB",
+        help="memory in MiB (default 4096; a guest's comes out of it)",
+    )
     add("--cpus", type=int, default=2, metavar="N", help="CPUs (default 2)")
     add("--timeout", type=float, metavar="SECONDS", help="end it after so long, boot included, with status 124")
     add("--with", dest="extra", action="append", default=[], metavar="SRC[=DST]",
@@ -107,6 +112,9 @@ def main(argv: Sequence[str]) -> int:
         say(str(error))
         if error.log:
             print(error.log, file=sys.stderr)
+        return HOST_STATUS
+    except OSError as error:  # a full disk, mostly
+        say(f"{error.filename or 'this run'}: {error.strerror}")
         return HOST_STATUS
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -216,12 +224,7 @@ def _remove_stale(folder: Path) -> None:
 
 
 def _bring_back(archive: Path, target: Path) -> None:
-    """Unpack what came from /out; only files, folders and links that stay below `target`."""
-    if not archive.stat().st_size:
-        return  # the command was ended from outside
-    target.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        if hasattr(tarfile, "data_filter"):
-            tar.extractall(target, filter="data")
-        else:
-            tar.extractall(target, [one for one in tar if one.isreg() or one.isdir()])  # noqa: S202 - our own archive
+    """Unpack what came from /out. GNU tar lets no name and no link lead out of the target."""
+    if archive.stat().st_size:  # nothing came when the command was ended from outside
+        target.mkdir(parents=True, exist_ok=True)
+        call([find_tool("tar"), "-x", "--no-same-owner", "-C", target, "-f", archive])

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import subprocess
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from emulated_host.errors import HostCannotError, find_tool
 
@@ -21,7 +21,7 @@ PORTS: Final = ("control", "stdin", "stdout", "stderr", "files")
 """The agent's virtio-serial ports, by name; inside/agent.py says what goes over each."""
 
 APPEND: Final = (
-    *("console=ttyS0", "panic=-1", "rootfstype=ext4", "ro", "init=/sbin/emulated-host-init"),
+    *("console=ttyS0", "panic=-1", "rootfstype=ext4", "ro", "rootwait", "init=/sbin/emulated-host-init"),
     # Self-tests of the crypto code take half of an emulated boot; mitigations slow what is slow enough. QEMU's CPUs
     # share one TSC, but the kernel's test of that fails on a busy machine, and KVM's clock in guests needs it.
     *("cryptomgr.notests", "mitigations=off", "no_timer_check", "tsc=reliable", "random.trust_cpu=on", "net.ifnames=0"),
@@ -51,23 +51,17 @@ def command_line(image: Image, payload: Path, size: Size, ports: Mapping[str, in
         ports: a connected socket's descriptor for each of PORTS.
         verbose: let the kernel say all it has to say.
     """
-    disks = {"root": image.disk, "payload": payload}
     argv = [find_tool("qemu-system-x86_64"), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]
     argv += ["-m", str(size.memory_mib), "-smp", str(size.cpus), "-serial", "stdio"]
-    for name, path in disks.items():
+    # One disk on each kind of controller: two of a kind would be named in the order in which they happen to answer.
+    nvme_first = image.facts["disk"] == "nvme"
+    for name, path, on_nvme in (("root", image.disk, nvme_first), ("payload", payload, not nvme_first)):
         # A comma in a path is doubled (QEMU's option syntax).
         file = str(path).replace(",", ",,")
         argv += ["-drive", f"id={name},if=none,format=raw,readonly=on,file={file}"]
-    if image.facts["disk"] == "nvme":
-        argv += ["-device", "nvme,id=disks,serial=1"]
-        for number, name in enumerate(disks, 1):
-            argv += ["-device", f"nvme-ns,bus=disks,nsid={number},drive={name}"]
-        root, second = "/dev/nvme0n1", "/dev/nvme0n2"
-    else:
-        for name in disks:
-            argv += ["-device", f"virtio-blk-pci,drive={name}"]
-        root, second = "/dev/vda", "/dev/vdb"
+        argv += ["-device", f"nvme,serial={name},drive={name}" if on_nvme else f"virtio-blk-pci,drive={name}"]
+    root, second = ("/dev/nvme0n1", "/dev/vda") if nvme_first else ("/dev/vda", "/dev/nvme0n1")
     argv += ["-device", f"virtio-serial-pci,max_ports={len(PORTS) + 1}"]
     for number, name in enumerate(PORTS, 1):
         argv += ["-chardev", f"socket,id={name},fd={ports[name]}"]
@@ -131,7 +125,7 @@ class Machine:
         """Return the last lines that were read from the log."""
         return "\n".join(self._tail.decode(errors="replace").replace("\r", "").splitlines()[-lines:])
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         """Return the running machine."""
         return self
 

@@ -136,9 +136,8 @@ def _bring_file(source: Path, target: Path, *, link: bool) -> None:
     target.unlink(missing_ok=True)
     if stat.S_ISLNK(status.st_mode):
         target.symlink_to(source.readlink())
-    elif stat.S_ISREG(status.st_mode):
-        if not (link and _hard_link(source, target)):
-            shutil.copy2(source, target)
+    elif stat.S_ISREG(status.st_mode) and not (link and _hard_link(source, target)):
+        shutil.copy2(source, target)
 
 
 def _hard_link(source: Path, target: Path) -> bool:

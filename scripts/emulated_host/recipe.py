@@ -91,5 +91,7 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise HostCannotError(f"cannot make {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours") from None
+        raise HostCannotError(
+            f"cannot make {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours"
+        ) from None
     return folder

@@ -42,7 +42,7 @@ class Command(NamedTuple):
     """Print the kernel log and the times."""
 
 
-class _Ended(Exception):  # noqa: N818 - it is no error
+class _Ended(Exception):
     """The run is over, with this status."""
 
     def __init__(self, status: int) -> None:
@@ -209,17 +209,21 @@ class Session:
         if "grace" in passed:
             raise _Ended(128 + self._signalled)
         if passed:
-            text = f"the emulated host was not up after {BOOT_SECONDS:g} s; the end of its log follows"
-            raise HostCannotError(text, self._machine.log_tail())
+            raise self._failure(f"the emulated host was not up after {BOOT_SECONDS:g} s")
 
     def _on_log(self) -> None:
         data = self._machine.read_log()
         if self._command.verbose and data:
-            sys.stderr.write(data.decode(errors="replace").replace("\r", "").replace("\n", "\r\n"))
+            newline = "\r\n" if self._terminal.present else "\n"
+            sys.stderr.write(data.decode(errors="replace").replace("\r", "").replace("\n", newline))
             sys.stderr.flush()
         if not data and self._result is None:
-            text = "the emulated host ended before the command did; the end of its log follows"
-            raise HostCannotError(text, self._machine.log_tail())
+            raise self._failure("the emulated host ended before the command did")
+
+    def _failure(self, text: str) -> HostCannotError:
+        """Return the error that says `text` and shows the end of the log, unless all of it was shown already."""
+        log = "" if self._command.verbose else self._machine.log_tail()
+        return HostCannotError(f"{text}; the end of its log follows" if log else text, log)
 
     def _check_end(self) -> None:
         if self._result is None:
@@ -227,7 +231,7 @@ class Session:
         status, totals = self._result
         if all(outlet.drained(totals[name]) for name, outlet in self._outlets.items()):
             if any(outlet.received < totals[name] for name, outlet in self._outlets.items()):
-                raise HostCannotError("QEMU ended before all output had come", self._machine.log_tail())
+                raise self._failure("the emulated host ended before all output had come")
             raise _Ended(status)
 
     def _print_times(self) -> None:

@@ -162,6 +162,13 @@ def test_ram_too_small_names_what_is_needed(initrd):
     plan(bzimage(), initrd=initrd, ram=need * MIB)
 
 
+def test_ram_too_small_for_the_initrd_alone():
+    big = cpio({"big": bytes(20 * MIB)})
+    with pytest.raises(ConfigError, match="needs at least 38 MiB of RAM, this machine has 37 MiB"):
+        plan(bzimage(), initrd=big, ram=37 * MIB)
+    plan(bzimage(), initrd=big, ram=38 * MIB)
+
+
 def test_command_line_limit_of_the_header():
     """cmdline_size does not count the terminator."""
     plan(bzimage(cmdline_size=20), command_line="x" * 20)
@@ -226,6 +233,9 @@ def test_bad_version_strings_do_no_harm():
     assert plan(bzimage(kernel_version=0xFFFF)).kind == "bzImage, 64-bit entry"
     assert plan(bzimage(release=b"6.1\x1b[2J")).release is None
     assert plan(bzimage(release=b"x" * 1000)).release == "x" * 256
+    at_the_end = bytearray(bzimage(kernel_version=0x7FC - 0x200))
+    at_the_end[0x7FC:0x806] = b"6.1-behind"
+    assert plan(bytes(at_the_end)).release == "6.1-"
 
 
 def test_modules_need_multiboot():

@@ -66,6 +66,16 @@ def test_damage_in_the_middle(form):
         unpack(bytes(payload))
 
 
+def test_zstd_frame_that_announces_another_size():
+    """The library allocates what a frame announces, so that must be what the payload announces."""
+    descriptor = 3 << 6  # eight bytes of Frame_Content_Size, a window descriptor, no checksum
+    for announced in (1 << 50, len(KERNEL) + 1, 1):
+        frame = b"\x28\xb5\x2f\xfd" + bytes([descriptor, 0x50]) + struct.pack("<Q", announced) + b"\x01\0\0"
+        with pytest.raises(ImageError, match="the zstd payload is damaged") as caught:
+            unpack(frame + struct.pack("<I", len(KERNEL)))
+        assert f"its frame announces {announced} bytes" in str(caught.value.__cause__)
+
+
 def test_many_lz4_blocks():
     """Legacy lz4 has blocks of 8 MiB."""
     kernel = b"\x7fELF" + bytes(20 * MIB)

@@ -92,8 +92,10 @@ def test_headers_in_the_page_below_1_mib():
 def test_ram_is_used_up_to_the_hole():
     image = elf([CODE, Load(3 * GIB - 1, b"x")])
     assert read(plan(image, ram=4 * GIB), 3 * GIB - 1, 1) == b"x"
-    with pytest.raises(ConfigError, match="needs at least 3072 MiB of RAM"):
-        plan(image)
+    for initrd in (None, INITRD):
+        with pytest.raises(ConfigError, match="needs at least 3072 MiB of RAM"):
+            plan(image, initrd=initrd)
+    plan(image, initrd=INITRD, ram=3 * GIB)
 
 
 def test_bss_only_segment_may_point_past_the_file():
@@ -157,6 +159,11 @@ def test_pvh_without_initrd_has_no_modules():
 def test_pvh_note_of_four_bytes_and_behind_others():
     notes = note(b"GNU", 3, b"0123456789") + note(b"Xen", 6, b"linux\0") + pvh_note(16 * MIB + 4, bits=32)
     assert plan(elf([CODE], notes=notes), protocol="pvh").entry.rip == 16 * MIB + 4
+
+
+def test_other_owners_may_use_the_same_number():
+    with pytest.raises(ImageError, match="vmlinux has no PVH entry"):
+        plan(elf([CODE], notes=note(b"NetBSD", 18, struct.pack("<Q", 16 * MIB))), protocol="pvh")
 
 
 def test_32_bit_kernel_with_pvh_note():

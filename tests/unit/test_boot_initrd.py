@@ -44,6 +44,7 @@ def test_chains_are_accepted(form):
     packed = COMPRESSORS[form](ARCHIVE)
     padding = bytes(-len(packed) % 4)
     check(ARCHIVE + packed)
+    check(packed + packed)
     check(bytes(512) + ARCHIVE + ARCHIVE + packed)
     if form not in ("lz4", "lzma"):
         check(packed + padding + ARCHIVE)
@@ -103,6 +104,13 @@ def test_truncated_large_archives_are_found(form):
         assert refused(packed[:-missing]).startswith("truncated: "), missing
 
 
+def test_a_truncated_xz_file_that_ends_like_a_whole_one():
+    """xz-file-format.txt, 2.1.2: the footer's magic number alone proves nothing, its CRC32 does."""
+    packed = lzma.compress(cpio({"noise": NOISE}), preset=0)
+    check(packed)
+    assert refused(packed[:MIB] + b"YZ").startswith("truncated: ")
+
+
 def test_large_archives_that_lack_the_cheap_sign_are_still_accepted():
     """A gzip file whose content is no multiple of 512, an xz and a bzip2 file with something behind."""
     odd = cpio({"noise": NOISE}, block=4)
@@ -111,6 +119,14 @@ def test_large_archives_that_lack_the_cheap_sign_are_still_accepted():
     check(gzip.compress(odd) + b"signature")
     check(lzma.compress(odd, preset=0) + b"signature")
     check(bz2.compress(odd) + b"signature")
+
+
+def test_whole_streams_are_not_decompressed(monkeypatch):
+    """The mark at the end of a bzip2 stream stands at any bit."""
+    monkeypatch.setattr(initrd, "_stream_end", lambda *_: pytest.fail("decompressed"))
+    check(COMPRESSORS["xz"](ARCHIVE))
+    for size in range(1000, 1064):
+        check(bz2.compress(NOISE[:size]))
 
 
 def test_decompressing_stops_at_the_limit():
@@ -131,7 +147,7 @@ def test_decompressing_stops_at_the_limit():
         (b"#!/bin/sh\n", "a script"),
         (b"plain text\n", "a text file"),
         (b"\x7fELF\x02\x01" + bytes(10) + struct.pack("<HH", 2, 62), "a 64-bit ELF executable for x86-64"),
-        (NOISE[:1000], "no kind of file that is known here"),
+        (NOISE[:1000], "an unknown kind of file"),
         (b"07", "truncated: "),
         (b"070701" + b"z" * 104, "damaged: the cpio entry at byte 0 has no header"),
         (b"070701" + b" " * 104, "damaged: the cpio entry at byte 0 has no header"),

@@ -93,6 +93,15 @@ def test_initrd_is_the_first_module():
     assert (count, read(result, start, end - start), string(result, text)) == (2, b"any bytes", b"disk.img")
 
 
+def test_names_that_are_no_text():
+    odd = plan(kernel(), initrd=b"x", initrd_name="\udcff.img", modules=[("\udcfe.mod", b"y", "")])
+    address = number(odd, INFO + 24)
+    assert string(odd, number(odd, address + 8)) == b"\xff.img"
+    assert string(odd, number(odd, address + 24)) == b"\xfe.mod"
+    with pytest.raises(ConfigError, match="the initrd's name has a character that is no text"):
+        plan(kernel(), initrd=b"x", initrd_name="\ud800")
+
+
 def test_address_fields():
     """3.1.3: load_addr's offset in the file is the header's, less header_addr - load_addr; bss is zeroed."""
     front = b"front matter 4 B"
@@ -169,6 +178,12 @@ def test_wrong_checksum_is_no_header():
     front[8] ^= 1
     with pytest.raises(ImageError, match="without a multiboot header"):
         plan(elf([Load(MIB, b"\xf4")], bits=32, front=bytes(front)))
+
+
+def test_header_that_ends_before_its_address_fields_is_none():
+    image = multiboot_header(addresses=(MIB, MIB, 0, 0, MIB))
+    with pytest.raises(ImageError, match="is an unknown kind of file, no kernel"):
+        plan(image[:31])
 
 
 def test_no_elf_and_no_address_fields():

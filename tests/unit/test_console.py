@@ -85,26 +85,71 @@ def test_only_the_last_mebibyte_is_kept(console):
     console.expect("the end")
 
 
-def test_input_waits_until_the_guest_takes_it(console):
-    taken = bytearray()
+class Receiver:
+    """A device's receiver with room for 16 bytes; `read` is the guest, which makes room for more."""
 
-    def deliver(data):
-        room = min(16, len(data))
-        taken.extend(data[:room])
-        return room
+    def __init__(self, console):
+        self.console = console
+        self.lock = threading.Lock()
+        self.fifo = b""
+        self.listening = True
+        console.deliver = self.deliver
+        console.ready = lambda: self.listening
 
-    console.deliver = deliver
-    assert console.write("a" * 100) == 100
-    deadline = time.monotonic() + 5
-    while len(taken) < 100 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert bytes(taken) == b"a" * 100
+    def deliver(self):
+        with self.lock:
+            self.console.transfer(self.receive)
+
+    def receive(self, data):
+        taken = data[: 16 - len(self.fifo)]
+        self.fifo += taken
+        return len(taken)
+
+    def read(self):
+        with self.lock:
+            data, self.fifo = self.fifo, b""
+            self.console.transfer(self.receive)
+        return data
 
 
-def test_input_that_nobody_reads_is_bounded(console):
-    console.deliver = lambda _data: 0
+def read_all(receiver, size):
+    data = b""
+    deadline = time.monotonic() + 10
+    while len(data) < size and time.monotonic() < deadline:
+        data += receiver.read() if receiver.fifo else b""
+        time.sleep(0.0005)
+    return data
+
+
+def test_input_comes_in_order_as_the_guest_takes_it(console):
+    receiver = Receiver(console)
+    data = bytes(range(200)) * 10
+    assert console.write(data[:700]) == 700
+    assert console.write(data[700:]) == 1300
+    assert read_all(receiver, len(data)) == data
+    assert console.input_room == MAX_PENDING
+
+
+def test_input_waits_until_the_guest_listens(console):
+    receiver = Receiver(console)
+    receiver.listening = False
+    console.write("hello")
+    time.sleep(0.2)
+    assert receiver.fifo == b""
+    receiver.listening = True
+    assert read_all(receiver, 5) == b"hello"
+
+
+def test_input_that_nobody_reads_is_bounded_and_room_is_announced(console):
+    announced = threading.Event()
+    console.on_input_room = announced.set
     assert console.write(b"x" * (MAX_PENDING + 5)) == MAX_PENDING
     assert console.write(b"x") == 0
+    assert not announced.is_set()
+    receiver = Receiver(console)
+    console.write(b"")
+    read_all(receiver, MAX_PENDING)
+    assert announced.wait(5)
 
 
 @pytest.mark.parametrize("split", [0, 5, 20, 26])

@@ -24,6 +24,7 @@ from uart_port import (
     MSR,
     OUT2,
     RBR,
+    RTS,
     SCR,
     THR,
     THRE_ID,
@@ -128,6 +129,9 @@ def test_short_cuts_are_not_touched_without_a_change(quick: Port, fast: FakeFast
         quick.inb(MSR)
         quick.inb(IIR)
         quick.outb(SCR, 1)
+        quick.outb(LCR, 0x03)
+        quick.outb(MCR, OUT2 | RTS)
+        quick.outb(IER, ERBFI)
     assert len(fast.calls) == calls
 
 

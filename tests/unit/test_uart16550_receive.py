@@ -202,6 +202,15 @@ def test_polled_mode_has_no_receiver_interrupt(fifo: Port) -> None:
     assert fifo.read_all() == b"abc"
 
 
+def test_a_driver_that_wants_received_data_is_listening(port: Port) -> None:
+    assert not port.uart.listening
+    port.outb(IER, ETBEI | ELSI)
+    assert not port.uart.listening
+    port.outb(IER, ERBFI)
+    listening = port.uart.listening
+    assert listening
+
+
 def test_enabling_rda_with_data_waiting_interrupts(fifo: Port) -> None:
     fifo.uart.receive(b"abc")
     fifo.outb(IER, ERBFI)

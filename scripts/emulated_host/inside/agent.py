@@ -160,7 +160,9 @@ class Agent:
         events: dict[int, int] = {}
         for pump in self._pumps.values():
             descriptor, event = pump.wants()
-            events[descriptor] = events.get(descriptor, 0) | event  # a terminal is the sink of one, the source of another
+            events[descriptor] = (
+                events.get(descriptor, 0) | event
+            )  # a terminal is the sink of one, the source of another
         for descriptor, event in events.items():
             if descriptor >= 0:
                 poll.register(descriptor, event)
@@ -298,7 +300,7 @@ def open_ports() -> dict[str, int]:
 
 
 def main() -> None:
-    """Serve one command over the virtio ports, or over descriptors given as NAME=NUMBER with the folder's path first."""
+    """Serve one command over the virtio ports, or, for tests, over descriptors: FOLDER NAME=NUMBER..."""
     if len(sys.argv) > 1:
         Agent({name: int(number) for name, number in (pair.split("=") for pair in sys.argv[2:])}, sys.argv[1]).serve()
         return
