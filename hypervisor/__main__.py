@@ -1,8 +1,6 @@
 """`python -m hypervisor` is `hv`."""
 
-import sys
-
-from hypervisor.cli import main
+from hypervisor.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

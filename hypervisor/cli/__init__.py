@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
-from typing import Final
+from typing import Final, NoReturn
 
 from hypervisor.errors import VmmError
 
@@ -40,6 +41,24 @@ def print_error(error: BaseException) -> None:
         print(f"    {hint}", file=sys.stderr)
 
 
+def command() -> NoReturn:
+    """Be the process `hv`: run `main` and end.
+
+    A whole run of a small guest takes as long as starting Python twice. So the garbage collector, which imports only
+    keep busy, waits until there is a guest, and the interpreter is not taken apart at the end: what matters is closed
+    and flushed by then.
+    """
+    gc.disable()
+    try:
+        status = main()
+    except SystemExit as end:  # argparse ends so, its message printed
+        status = end.code if isinstance(end.code, int) else FAULT
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    os._exit(status)
+
+
 def _open_standard_streams() -> None:
     """Put /dev/null where a standard stream is closed, or the next file opened, such as /dev/kvm, takes its number."""
     for fd in range(3):
@@ -49,19 +68,34 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
 
 
+def _terminal_width() -> int:
+    """Return how wide help may be, in columns."""
+    try:
+        columns = int(os.environ.get("COLUMNS", "0")) or os.get_terminal_size(1).columns
+    except (OSError, ValueError):
+        columns = 0
+    return (columns or 80) - 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `hv` with these arguments (by default the process's own) and return its exit status."""
     _open_standard_streams()
     arguments = sys.argv[1:] if argv is None else argv
     import argparse
 
+    # argparse makes a formatter for every argument; without a width each would ask shutil, which takes 4 ms to import
+    width = _terminal_width()
+
+    def formatter(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, width=width)
+
     # only the verb that is asked for is imported; all of them are for --help and for a wrong word
     wanted = [arguments[0]] if arguments and arguments[0] in VERBS else list(VERBS)
     parser = argparse.ArgumentParser(
-        prog="hv", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="hv", description=DESCRIPTION, epilog=EPILOG, formatter_class=formatter
     )
     parser.add_argument("--version", action="store_true", help="print the version and end")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="hv")
     for verb in wanted:
         module = import_module(f"hypervisor.cli.{verb}")
         sub = verbs.add_parser(
@@ -69,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             help=module.SUMMARY,
             description=getattr(module, "DESCRIPTION", module.SUMMARY),
             epilog=getattr(module, "EPILOG", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=formatter,
         )
         module.configure(sub)
         sub.set_defaults(run=module.run)

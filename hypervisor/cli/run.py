@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, Final
@@ -163,6 +164,7 @@ def run(options: argparse.Namespace) -> int:
             console.attach(machine)
             signals = Signals(machine)
             try:
+                gc.enable()  # from here on the process lives long; see hypervisor.cli.command
                 machine.start()
                 outcome = _wait(machine, settings["timeout"])
             finally:

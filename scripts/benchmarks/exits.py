@@ -170,8 +170,8 @@ def theirs_us(loop: Path, guest: Path, exits: int) -> float:
 def measure(settings: Settings, name: str) -> list[Row]:
     """Run the cases called `name`, all of them and the C loop in turn in every round."""
     loop = compiled("minimal_loop.c")
-    exits = settings.pick(60_000, 10_000)
-    rounds = settings.pick(12, 3)
+    exits = settings.pick(50_000, 10_000)
+    rounds = settings.pick(20, 3)
     runs = []
     for index, case in enumerate(case for case in CASES if case.name == name):
         guest = case.guest(exits)
