@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from hypervisor.errors import VmmError
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable
 
     from hypervisor.eventloop import EventLoop
@@ -144,6 +144,8 @@ class Console:
         """The kernel's own words when it panicked on this console, else None."""
         if not self._panic_seen:
             return None
+        import re  # noqa: PLC0415 - a console that only passes bytes on needs none
+
         found = re.search(rb"Kernel panic - not syncing:? ?([^\r\n]*)", self.output)
         return found[1].decode(errors="backslashreplace") if found else ""
 
@@ -192,6 +194,8 @@ class Console:
         Raises:
             ConsoleTimeout: it did not come; the message shows the last lines.
         """
+        import re  # noqa: PLC0415 - as above
+
         raw = pattern.encode() if isinstance(pattern, str) else pattern
         compiled = re.compile(raw, re.MULTILINE)
         deadline = None if timeout is None else time.monotonic() + timeout

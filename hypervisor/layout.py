@@ -72,6 +72,9 @@ PCI_CONFIG: Final = 0xCF8
 """CONFIG_ADDRESS and CONFIG_DATA, eight ports; a one-byte access to RESET_CONTROL is the reset register."""
 RESET_CONTROL: Final = 0xCF9
 
+S5_SLEEP_TYPE: Final = 5
+"""SLP_TYP that PM1_CONTROL takes for soft-off; the DSDT tells it to the guest."""
+
 # --- interrupts: GSI numbers; the first 16 are the ISA IRQs ----------------------------------------------------------
 IRQ_KEYBOARD: Final = 1
 IRQ_COM1: Final = 4

@@ -6,7 +6,6 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from devices.acpi_pm import S5_SLEEP_TYPE
 from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
 from hypervisor.boot.mptable import build_mptable
@@ -96,12 +95,12 @@ class Machine:
         if config.cpus > (most := kvm.max_vcpus()):
             raise ConfigError(f"cpus is {config.cpus}", hint=f"this host's KVM allows {most} vCPUs")
         vm.set_intel_pages(layout.TSS, layout.IDENTITY_MAP)
-        if config.irqchip == "kernel":
-            vm.create_irqchip()
-            vm.create_pit()
-        base = host_address(self.memory.buffer)
+        base = host_address(self.memory.buffer) + self.memory.offset
         for slot, ram in enumerate(self.memory.ranges):
             vm.set_memory(slot, ram.gpa, ram.size, base + ram.offset)
+        if config.irqchip == "kernel":  # after the memory: KVM would wait for an RCU grace period the other way round
+            vm.create_irqchip()
+            vm.create_pit()
         supported = kvm.supported_cpuid()
         has_lapic = config.irqchip == "kernel"
         spec = config.cpu if has_lapic else f"{config.cpu},-x2apic"
@@ -155,7 +154,7 @@ class Machine:
         memory = self.memory
         cpus = self.config.cpus
         if memory.size >= layout.HIGH_MEMORY:
-            memory.write(layout.ACPI_TABLES, build_tables(cpus=cpus, s5_sleep_type=S5_SLEEP_TYPE, i8042=False))
+            memory.write(layout.ACPI_TABLES, build_tables(cpus=cpus, s5_sleep_type=layout.S5_SLEEP_TYPE, i8042=False))
             for gpa, table in build_mptable(cpus=cpus):
                 memory.write(gpa, table)
         for segment in self.boot_plan.segments:

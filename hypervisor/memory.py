@@ -6,9 +6,11 @@ import mmap
 from typing import NamedTuple
 
 from devices.ports import GuestFault
+from hypervisor.kvm import host_address
 from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
 
-PAGE = 4096
+
+HUGE_PAGE = 1 << 21
 MAP_NORESERVE = 0x4000
 
 
@@ -23,19 +25,25 @@ class RamRange(NamedTuple):
 class GuestMemory:
     """The machine's RAM, one private anonymous mapping, in one range below 3 GiB and one from 4 GiB on.
 
+    Attributes:
+        size: of the RAM in bytes.
+        offset: where in `buffer` it begins.
+
     Host pages are allotted as the guest touches them, as transparent huge pages where the host has them.
     """
 
     def __init__(self, ram_bytes: int) -> None:
         """Map `ram_bytes` (a multiple of the page size) of zeroes; raises OSError when the host refuses."""
         self.size = ram_bytes
-        self._map = mmap.mmap(-1, ram_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        # KVM maps a huge page only where guest and host addresses agree below its size
+        self._map = mmap.mmap(-1, ram_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             except OSError:
                 pass  # a kernel without transparent huge pages: small ones do
-        self._view = memoryview(self._map)
+        self.offset = -host_address(self._map) % HUGE_PAGE
+        self._view = memoryview(self._map)[self.offset : self.offset + ram_bytes]
         self._low = min(ram_bytes, RAM_LOW_END)
         self._high_end = RAM_HIGH_BASE + ram_bytes - self._low
 

@@ -6,23 +6,23 @@ With `machine` this is the only room that knows device models. Every address is 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from devices.acpi_pm import AcpiPm
 from devices.debug_console import DebugConsole
 from devices.debug_exit import DebugExit
 from devices.events import EventLog
-from devices.fw_cfg import FwCfg
-from devices.i8042 import I8042
-from devices.pci import PciConfigPorts
-from devices.rtc_mc146818 import RtcMc146818
 from devices.uart16550 import Uart16550
 from hypervisor import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from devices.ports import IrqLine
+    from devices.acpi_pm import AcpiPm
+    from devices.fw_cfg import FwCfg
+    from devices.i8042 import I8042
+    from devices.pci import PciConfigPorts
+    from devices.ports import Device, IrqLine
+    from devices.rtc_mc146818 import RtcMc146818
     from hypervisor.bus import Bus, Claim
     from hypervisor.console import Console
     from hypervisor.eventloop import EventLoop, LoopAlarm
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 
 UART_LSR = 5
+
+D = TypeVar("D", bound="Device")
 
 
 class PortFastPath:
@@ -66,11 +68,39 @@ class NoIrq:
         """Lead nowhere."""
 
 
+class LazyDevice(Generic[D]):
+    """A device that is made, and its module imported, when it is first touched: most guests never touch most of a PC.
+
+    Its claim's lock is held whenever it is made or used, so it is made once.
+    """
+
+    def __init__(self, make: Callable[[], D], offset: int = 0) -> None:
+        """Call `make` for the device; this claim's first address is the device's `offset`."""
+        self._make = make
+        self._offset = offset
+        self._device: D | None = None
+
+    @property
+    def device(self) -> D:
+        """The device itself."""
+        if self._device is None:
+            self._device = self._make()
+        return self._device
+
+    def read(self, offset: int, size: int) -> int:
+        """Read the device."""
+        return self.device.read(self._offset + offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Write the device."""
+        self.device.write(self._offset + offset, size, value)
+
+
 class Pc:
     """The devices of one machine, claimed on its port bus.
 
     Attributes:
-        uart, pm: models that the machine itself talks to.
+        uart: the first serial port.
     """
 
     def __init__(  # noqa: PLR0913 - what a board is wired to
@@ -105,14 +135,11 @@ class Pc:
         debug_fast = PortFastPath(vm, layout.DEBUG_CONSOLE, vm.connect_ring(debug_ring))
         ports.claim(layout.DEBUG_CONSOLE, 1, DebugConsole(ConsoleSink(debug_console), fast=debug_fast), "debugcon")
         ports.claim(layout.DEBUG_EXIT, 4, DebugExit(on_exit), "debug-exit")
-        i8042 = I8042(on_reset, irq=irq(layout.IRQ_KEYBOARD))
-        keyboard = ports.claim(layout.I8042_DATA, 1, i8042, "i8042")
-        command = OffsetView(i8042, layout.I8042_COMMAND - layout.I8042_DATA)
-        ports.claim(layout.I8042_COMMAND, 1, command, "i8042", lock=keyboard.lock)
+        self._add_i8042(irq(layout.IRQ_KEYBOARD), on_reset)
         self._add_rtc(irq(layout.IRQ_RTC), memory)
         self._add_acpi(irq(layout.IRQ_SCI), on_power_off)
-        ports.claim(layout.FW_CFG, 2, FwCfg(cpus=cpus, ram_bytes=memory.size, files={}), "fw_cfg")
-        ports.claim(layout.PCI_CONFIG, 8, PciConfigPorts(on_reset=on_reset), "pci")
+        self._add_fw_cfg(cpus, memory)
+        self._add_pci(on_reset)
 
     def _connect_console(self, console: Console, claim: Claim, is_polled: Callable[[int], bool]) -> None:
         def deliver() -> None:
@@ -123,56 +150,74 @@ class Pc:
         console.ready = lambda: self.uart.listening or is_polled(layout.COM1 + UART_LSR)
         self.uart.on_room = lambda: console.transfer(self.uart.receive)
 
-    def _alarm(self, claims: list[Claim], fire: Callable[[], None]) -> LoopAlarm:
-        """Make an alarm that calls `fire` under the lock of the claim that `claims` will hold."""
+    def _alarm(self, claim: Claim, fire: Callable[[], None]) -> LoopAlarm:
+        """Make an alarm that calls `fire` under the claim's lock."""
 
         def locked() -> None:
-            with claims[0].lock:
+            with claim.lock:
                 fire()
 
         return self._loop.alarm(locked)
 
+    def _add_i8042(self, irq: IrqLine, on_reset: Callable[[], None]) -> None:
+        def make() -> I8042:
+            from devices.i8042 import I8042
+
+            return I8042(on_reset, irq=irq)
+
+        data = LazyDevice(make)
+        # one device at two ports: the second view shares the first one's device and lock
+        command = LazyDevice(lambda: data.device, offset=layout.I8042_COMMAND - layout.I8042_DATA)
+        claim = self._ports.claim(layout.I8042_DATA, 1, data, "i8042")
+        self._ports.claim(layout.I8042_COMMAND, 1, command, "i8042", lock=claim.lock)
+
     def _add_rtc(self, irq: IrqLine, memory: GuestMemory) -> None:
-        claims: list[Claim] = []
-        rtc = RtcMc146818(
-            irq=irq,
-            alarm=self._alarm(claims, lambda: rtc.on_alarm()),
-            now_ns=time.monotonic_ns,
-            wall_seconds=time.time,
-            ram_below_4g=memory.ranges[0].size,
-            ram_above_4g=sum(ram.size for ram in memory.ranges[1:]),
-        )
-        claims.append(self._ports.claim(layout.RTC, 2, rtc, "rtc"))
+        def make() -> RtcMc146818:
+            from devices.rtc_mc146818 import RtcMc146818
+
+            return RtcMc146818(
+                irq=irq,
+                alarm=self._alarm(claim, lambda: rtc.device.on_alarm()),
+                now_ns=time.monotonic_ns,
+                wall_seconds=time.time,
+                ram_below_4g=memory.ranges[0].size,
+                ram_above_4g=sum(ram.size for ram in memory.ranges[1:]),
+            )
+
+        rtc = LazyDevice(make)
+        claim = self._ports.claim(layout.RTC, 2, rtc, "rtc")
 
     def _add_acpi(self, irq: IrqLine, on_power_off: Callable[[], None]) -> None:
-        claims: list[Claim] = []
-        self.pm = AcpiPm(
-            irq=irq,
-            alarm=self._alarm(claims, lambda: self.pm.on_alarm()),
-            now_ns=time.monotonic_ns,
-            on_power_off=on_power_off,
-        )
-        self._pm_claim = self._ports.claim(layout.PM1_EVENT, 12, self.pm, "acpi-pm")
-        claims.append(self._pm_claim)
+        def make() -> AcpiPm:
+            from devices.acpi_pm import AcpiPm
+
+            return AcpiPm(
+                irq=irq,
+                alarm=self._alarm(self._pm_claim, lambda: self._pm.device.on_alarm()),
+                now_ns=time.monotonic_ns,
+                on_power_off=on_power_off,
+            )
+
+        self._pm = LazyDevice(make)
+        self._pm_claim = self._ports.claim(layout.PM1_EVENT, 12, self._pm, "acpi-pm")
+
+    def _add_fw_cfg(self, cpus: int, memory: GuestMemory) -> None:
+        def make() -> FwCfg:
+            from devices.fw_cfg import FwCfg
+
+            return FwCfg(cpus=cpus, ram_bytes=memory.size, files={})
+
+        self._ports.claim(layout.FW_CFG, 2, LazyDevice(make), "fw_cfg")
+
+    def _add_pci(self, on_reset: Callable[[], None]) -> None:
+        def make() -> PciConfigPorts:
+            from devices.pci import PciConfigPorts
+
+            return PciConfigPorts(on_reset=on_reset)
+
+        self._ports.claim(layout.PCI_CONFIG, 8, LazyDevice(make), "pci")
 
     def press_power_button(self) -> bool:
         """Ask the guest to power off; return whether it has enabled the button's event."""
         with self._pm_claim.lock:
-            return self.pm.press_power_button()
-
-
-class OffsetView:
-    """A device seen from a second claim, whose first address is not the device's own."""
-
-    def __init__(self, device: I8042, offset: int) -> None:
-        """Show `device` from `offset` on."""
-        self._device = device
-        self._offset = offset
-
-    def read(self, offset: int, size: int) -> int:
-        """Read the device at this view's offset."""
-        return self._device.read(self._offset + offset, size)
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Write the device at this view's offset."""
-        self._device.write(self._offset + offset, size, value)
+            return self._pm.device.press_power_button()

@@ -91,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # only the verb that is asked for is imported; all of them are for --help and for a wrong word
     wanted = [arguments[0]] if arguments and arguments[0] in VERBS else list(VERBS)
-    parser = argparse.ArgumentParser(
-        prog="hv", description=DESCRIPTION, epilog=EPILOG, formatter_class=formatter
-    )
+    parser = argparse.ArgumentParser(prog="hv", description=DESCRIPTION, epilog=EPILOG, formatter_class=formatter)
     parser.add_argument("--version", action="store_true", help="print the version and end")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="hv")
     for verb in wanted:

@@ -4,8 +4,8 @@ Every refusal of the kernel is a `KvmError` that names the ioctl. Handles are cl
 each is a context manager. See the KVM API document of the Linux kernel for what each ioctl does.
 """
 
-from hypervisor.kvm.handles import Kvm, Vm
+from hypervisor.kvm.handles import Kvm, Vm, host_address
 from hypervisor.kvm.ring import ByteRing
 from hypervisor.kvm.vcpu import Vcpu
 
-__all__ = ["ByteRing", "Kvm", "Vcpu", "Vm"]
+__all__ = ["ByteRing", "Kvm", "Vcpu", "Vm", "host_address"]
