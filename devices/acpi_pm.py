@@ -34,11 +34,12 @@ class Reg(IntEnum):
 
 
 class Pm1Event(IntFlag):
-    """Bits of STATUS and ENABLE that this platform has. Sleep button and RTC wake are not among them: see the FADT."""
+    """Bits of STATUS and ENABLE that this platform has. The sleep button is not among them: see the FADT."""
 
     TMR = 1 << 0  # the timer's top bit has toggled
     GBL = 1 << 5  # the firmware released the global lock: never, but a guest enables it
     PWRBTN = 1 << 8
+    RTC = 1 << 10  # never raised, the FADT says so; but Linux complains when it cannot enable it
 
 
 class Pm1Control(IntFlag):
@@ -55,7 +56,7 @@ _NS: Final = 1_000_000_000
 _TIMER: Final = int(Reg.TIMER)
 _TMR: Final = int(Pm1Event.TMR)
 _PWRBTN: Final = int(Pm1Event.PWRBTN)
-_EVENTS: Final = int(Pm1Event.TMR | Pm1Event.GBL | Pm1Event.PWRBTN)
+_EVENTS: Final = int(Pm1Event.TMR | Pm1Event.GBL | Pm1Event.PWRBTN | Pm1Event.RTC)
 _SCI_EN: Final = int(Pm1Control.SCI_EN)
 _KEPT: Final = int(Pm1Control.BM_RLD | Pm1Control.SLP_TYP)
 _SLP_EN: Final = int(Pm1Control.SLP_EN)

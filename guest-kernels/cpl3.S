@@ -11,6 +11,7 @@
 .include "arguments.inc"
 .include "tables.inc"
 .include "long_mode.inc"
+.include "ring3.inc"
 
 .equ BREAKPOINT, 3
 .equ GENERAL_PROTECTION, 13
@@ -19,33 +20,9 @@
 .equ SYS_EXIT, 2
 .equ FORBIDDEN_THINGS, 4
 
-.equ TSS_RSP0, 4                # the stack on which ring 0 is entered (Intel SDM volume 3, 8.7)
-.equ TSS_IO_BITMAP_BASE, 0x66
-.equ TSS_SIZE, 0x68
-.equ IO_BITMAP_SIZE, (TEST_PORT + 4) / 8 + 1    # a bit a port, 1 forbids; ports beyond the end are forbidden too
-
 .data
-    .balign 16
-tss:
-    .long 0
-    .long kernel_stack_top, 0   # RSP0
-    .skip TSS_IO_BITMAP_BASE - 12
-    .word TSS_SIZE
-io_bitmap:
-    .fill IO_BITMAP_SIZE, 1, 0xff
-    .byte 0xff                  # the CPU may look one byte further than the last port's
-tss_end:
-.equ TSS_AVAILABLE, 0x89        # descriptor type: 64-bit TSS, present
-
 rounds: .quad 10000000
 forbidden: .long 0              # how many forbidden things were stopped
-
-.bss
-    .balign 16
-    .skip 4096
-kernel_stack_top:
-    .skip 4096
-user_stack_top:
 
 START
     mov eax, [rounds]
@@ -58,24 +35,11 @@ START
     mov byte ptr [io_bitmap + COM1 / 8], 0                              # its eight ports make up one byte
     and byte ptr [io_bitmap + DEBUG_CONSOLE / 8], ~(1 << (DEBUG_CONSOLE % 8)) & 0xff
     and byte ptr [io_bitmap + TEST_PORT / 8], 0xf0                      # four ports
-    mov eax, offset tss
-    mov word ptr [gdt_tss], offset tss_end - tss - 1                    # limit
-    mov word ptr [gdt_tss + 2], ax                                      # base, in three pieces
-    shr eax, 16
-    mov byte ptr [gdt_tss + 4], al
-    mov byte ptr [gdt_tss + 5], TSS_AVAILABLE
-    mov byte ptr [gdt_tss + 7], ah
+    DESCRIBE_TSS
 
     ENTER_LONG_MODE
-    mov eax, TSS_SELECTOR
-    ltr ax
-    push USER_DATA              # what iretq takes off: SS, RSP, RFLAGS, CS, RIP
-    mov eax, offset user_stack_top
-    push rax
-    push 0x2                    # RFLAGS: interrupts off, IOPL 0, so that the bitmap decides
-    push USER_CODE64
-    mov eax, offset program
-    push rax
+    LOAD_TSS
+    PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED    # IOPL stays 0, so that the bitmap decides
     iretq
 
 # --- ring 3 ---------------------------------------------------------------------------------------------------------

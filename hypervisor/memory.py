@@ -9,7 +9,6 @@ from devices.ports import GuestFault
 from hypervisor.kvm import host_address
 from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
 
-
 HUGE_PAGE = 1 << 21
 MAP_NORESERVE = 0x4000
 

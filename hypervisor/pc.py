@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from devices.debug_console import DebugConsole
 from devices.debug_exit import DebugExit
-from devices.events import EventLog
-from devices.uart16550 import Uart16550
 from hypervisor import layout
 
 if TYPE_CHECKING:
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from devices.pci import PciConfigPorts
     from devices.ports import Device, IrqLine
     from devices.rtc_mc146818 import RtcMc146818
+    from devices.uart16550 import Uart16550
     from hypervisor.bus import Bus, Claim
     from hypervisor.console import Console
     from hypervisor.eventloop import EventLoop, LoopAlarm
@@ -81,6 +80,11 @@ class LazyDevice(Generic[D]):
         self._device: D | None = None
 
     @property
+    def is_made(self) -> bool:
+        """Whether the guest has touched it."""
+        return self._device is not None
+
+    @property
     def device(self) -> D:
         """The device itself."""
         if self._device is None:
@@ -97,11 +101,7 @@ class LazyDevice(Generic[D]):
 
 
 class Pc:
-    """The devices of one machine, claimed on its port bus.
-
-    Attributes:
-        uart: the first serial port.
-    """
+    """The devices of one machine, claimed on its port bus."""
 
     def __init__(  # noqa: PLR0913 - what a board is wired to
         self,
@@ -122,16 +122,10 @@ class Pc:
         is_polled: Callable[[int], bool],
     ) -> None:
         """Make and wire every device; the `on_` callables end the run, `is_polled` says who spins on a port."""
+        self._vm = vm
         self._ports = ports
         self._loop = loop
-        self.uart = Uart16550(
-            irq=irq(layout.IRQ_COM1),
-            sink=ConsoleSink(console),
-            fast=PortFastPath(vm, layout.COM1, vm.connect_ring(console_ring)),
-            log=EventLog(device="uart0"),
-        )
-        uart = ports.claim(layout.COM1, 8, self.uart, "uart0")
-        self._connect_console(console, uart, is_polled)
+        self._add_uart(irq(layout.IRQ_COM1), console, vm.connect_ring(console_ring), is_polled)
         debug_fast = PortFastPath(vm, layout.DEBUG_CONSOLE, vm.connect_ring(debug_ring))
         ports.claim(layout.DEBUG_CONSOLE, 1, DebugConsole(ConsoleSink(debug_console), fast=debug_fast), "debugcon")
         ports.claim(layout.DEBUG_EXIT, 4, DebugExit(on_exit), "debug-exit")
@@ -141,14 +135,25 @@ class Pc:
         self._add_fw_cfg(cpus, memory)
         self._add_pci(on_reset)
 
-    def _connect_console(self, console: Console, claim: Claim, is_polled: Callable[[int], bool]) -> None:
+    def _add_uart(self, irq: IrqLine, console: Console, ring: int, is_polled: Callable[[int], bool]) -> None:
+        def make() -> Uart16550:
+            from devices.events import EventLog
+            from devices.uart16550 import Uart16550
+
+            fast = PortFastPath(self._vm, layout.COM1, ring)
+            uart = Uart16550(irq=irq, sink=ConsoleSink(console), fast=fast, log=EventLog(device="uart0"))
+            uart.on_room = lambda: console.transfer(uart.receive)
+            return uart
+
+        uart = LazyDevice(make)
+        claim = self._ports.claim(layout.COM1, 8, uart, "uart0")
+
         def deliver() -> None:
             with claim.lock:
-                console.transfer(self.uart.receive)
+                console.transfer(uart.device.receive)
 
         console.deliver = deliver
-        console.ready = lambda: self.uart.listening or is_polled(layout.COM1 + UART_LSR)
-        self.uart.on_room = lambda: console.transfer(self.uart.receive)
+        console.ready = lambda: uart.is_made and (uart.device.listening or is_polled(layout.COM1 + UART_LSR))
 
     def _alarm(self, claim: Claim, fire: Callable[[], None]) -> LoopAlarm:
         """Make an alarm that calls `fire` under the claim's lock."""

@@ -12,7 +12,6 @@ from hypervisor.kvm.vcpu import (
     EXIT_FAIL_ENTRY,
     EXIT_HLT,
     EXIT_INTERNAL_ERROR,
-    EXIT_NAMES,
     EXIT_SHUTDOWN,
     EXIT_SYSTEM_EVENT,
     INTERRUPTED,
@@ -23,6 +22,7 @@ from hypervisor.kvm.vcpu import (
     SYSTEM_EVENT_RESET,
     SYSTEM_EVENT_SHUTDOWN,
     Segment,
+    exit_name,
 )
 from hypervisor.outcome import Outcome, Stop
 
@@ -215,7 +215,7 @@ class Vcpu:
         facts: dict[str, Any] = {
             "vcpu": self.index,
             "reason": reason,
-            "reason_name": EXIT_NAMES.get(reason, str(reason)),
+            "reason_name": exit_name(reason),
             "words": words,
             "recent": self.handle.recent_exits,
         }

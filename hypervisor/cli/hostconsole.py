@@ -6,7 +6,6 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from hypervisor.cli.terminal import HELP, EscapeFilter, RawTerminal
 from hypervisor.errors import ConfigError, HostError
 from hypervisor.outcome import Outcome, Stop
 from hypervisor.output import OutputWriter
@@ -14,6 +13,7 @@ from hypervisor.output import OutputWriter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hypervisor.cli.terminal import RawTerminal
     from hypervisor.machine import Machine
 
 CHUNK = 4096
@@ -74,6 +74,8 @@ class HostConsole:
     def _use_terminal(self) -> None:
         if not os.isatty(0):
             return
+        from hypervisor.cli.terminal import HELP, EscapeFilter, RawTerminal
+
         self._terminal = RawTerminal(0)
         self._filter = EscapeFilter(
             {

@@ -30,7 +30,6 @@ EXIT_INTERNAL_ERROR: Final[int] = lib.KVM_EXIT_INTERNAL_ERROR
 EXIT_SYSTEM_EVENT: Final[int] = lib.KVM_EXIT_SYSTEM_EVENT
 SYSTEM_EVENT_SHUTDOWN: Final[int] = lib.KVM_SYSTEM_EVENT_SHUTDOWN
 SYSTEM_EVENT_RESET: Final[int] = lib.KVM_SYSTEM_EVENT_RESET
-EXIT_NAMES: Final = {getattr(lib, name): name for name in dir(lib) if name.startswith("KVM_EXIT_")}
 
 GENERAL_REGISTERS: Final = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
@@ -38,6 +37,12 @@ GENERAL_REGISTERS: Final = (
 )
 SEGMENT_REGISTERS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 CONTROL_REGISTERS: Final = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+
+
+def exit_name(reason: int) -> str:
+    """Return the name of a KVM_EXIT_ reason; of an unknown one its number."""
+    names = {getattr(lib, name): name for name in dir(lib) if name.startswith("KVM_EXIT_")}
+    return names.get(reason, str(reason))
 
 
 class Segment(NamedTuple):

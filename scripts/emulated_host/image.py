@@ -150,7 +150,15 @@ def _unpack(packages: list[Path], tree: Path) -> None:
     left_out = [f"--exclude=./{path}" for path in LEFT_OUT]
     for package in packages:
         archive = subprocess.Popen([find_tool("dpkg-deb"), "--fsys-tarfile", package], stdout=subprocess.PIPE)
-        tar = [find_tool("tar"), "-x", "--keep-directory-symlink", "--no-same-owner", *left_out, "-C", tree]
+        tar: list[str | Path] = [
+            find_tool("tar"),
+            "-x",
+            "--keep-directory-symlink",
+            "--no-same-owner",
+            *left_out,
+            "-C",
+            tree,
+        ]
         unpacked = subprocess.run(tar, stdin=archive.stdout, stderr=subprocess.PIPE, check=False)
         if archive.wait() or unpacked.returncode:
             raise HostCannotError(f"cannot unpack {package.name}", unpacked.stderr.decode(errors="replace"))
@@ -172,7 +180,11 @@ def _finish_kernel(tree: Path, work: Path) -> dict[str, str]:
     # The tree's own depmod, run by the tree's own loader; kmod goes by the name it is called by.
     depmod = work / "depmod"
     depmod.symlink_to(tree / "bin/kmod")
-    loader = [tree / "lib64/ld-linux-x86-64.so.2", "--library-path", tree / "usr/lib/x86_64-linux-gnu"]
+    loader: list[str | Path] = [
+        tree / "lib64/ld-linux-x86-64.so.2",
+        "--library-path",
+        tree / "usr/lib/x86_64-linux-gnu",
+    ]
     call([*loader, depmod, "-b", tree, version])
     depmod.unlink()
     return {"kernel": version, "disk": disk}
@@ -183,7 +195,7 @@ def _install_wheels(recipe: Recipe, checkout: Path, tree: Path, version: str) ->
     packages = tree / f"usr/local/lib/python{version}/dist-packages"
     target = ["--python-version", version, "--implementation", "cp", *(f"--platform={name}" for name in PLATFORMS)]
     quiet = ["--quiet", "--disable-pip-version-check", "--root-user-action=ignore", "--no-compile", "--no-user"]
-    options = ["--only-binary=:all:", "--target", packages, *target, *quiet]
+    options: list[str | Path] = ["--only-binary=:all:", "--target", packages, *target, *quiet]
     call([*_find_pip(checkout), "install", *options, *recipe.requirements])
     # The programs' first lines name a Python of this machine; inside, `python3 -m` does it.
     shutil.rmtree(packages / "bin", ignore_errors=True)
@@ -204,7 +216,18 @@ def _find_pip(checkout: Path) -> list[str]:
 def _compile(tree: Path, version: str) -> None:
     """Compile all Python sources of the tree: inside it would take twenty times longer, and at every run."""
     python, environment = native_python(tree, version)
-    compiler = [*python, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", tree, "-p", "/"]
+    compiler: list[str | Path] = [
+        *python,
+        "-m",
+        "compileall",
+        "-q",
+        "--invalidation-mode",
+        "unchecked-hash",
+        "-s",
+        tree,
+        "-p",
+        "/",
+    ]
     # compileall's own parallel mode starts Python by a path that needs this system's C library: two processes instead.
     folders = [tree / f"usr/lib/python{version}", tree / "usr/local/lib"]
     running = [

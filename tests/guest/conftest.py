@@ -6,9 +6,6 @@ import pytest
 
 from hypervisor import Machine, MachineConfig
 
-EXIT_WITH = {code: bytes([0xB0, code, 0xE6, 0xF4, 0xF4]) for code in range(256)}
-"""mov al, CODE; out 0xf4, al; hlt"""
-
 
 @pytest.fixture(autouse=True, scope="session")
 def kvm_is_there():

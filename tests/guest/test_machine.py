@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from conftest import EXIT_WITH
+from guest_code import EXIT_WITH
 
 from hypervisor import ConfigError, Stop
 from hypervisor.host import quick_kind

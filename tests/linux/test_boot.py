@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import BOOT_SECONDS, COMMAND_SECONDS, QUIET
+from linux_shell import BOOT_SECONDS, COMMAND_SECONDS, QUIET
 
 from hypervisor import Stop, kernels
 

@@ -11,7 +11,7 @@ import termios
 import time
 
 import pytest
-from conftest import EXIT_WITH
+from guest_code import EXIT_WITH
 
 pytestmark = pytest.mark.kvm
 
@@ -20,7 +20,7 @@ SPIN = bytes.fromhex("fa ebfd")
 FLOOD = bytes.fromhex("baf803 b078 ee ebfd".replace(" ", ""))
 # mov dx,0x3f8; mov al,'o'; out dx,al; mov al,'k'; out dx,al; l: jmp l
 SAY_OK = bytes.fromhex("baf803 b06f ee b06b ee ebfe".replace(" ", ""))
-# l: mov dx,0x3fd; in al,dx; test al,1; jz l; mov dx,0x3f8; in al,dx; out dx,al; cmp al,'q'; jne l; mov al,0; out 0xf4,al
+# l: mov dx,0x3fd; in al,dx; test al,1; jz l; mov dx,0x3f8; in al,dx; out dx,al; cmp al,'q'; jne l; out 0xf4,0
 ECHO = bytes.fromhex("bafd03 ec a801 74f8 baf803 ec ee 3c71 75ef b000 e6f4 f4".replace(" ", ""))
 SECONDS = 60
 
@@ -36,7 +36,20 @@ def image(tmp_path):
 
 
 def command(path, *arguments):
-    return [sys.executable, "-m", "hypervisor", "run", path, "--flat", "16", "--ram", "2", "--debug-exit", "raw", *arguments]
+    return [
+        sys.executable,
+        "-m",
+        "hypervisor",
+        "run",
+        path,
+        "--flat",
+        "16",
+        "--ram",
+        "2",
+        "--debug-exit",
+        "raw",
+        *arguments,
+    ]
 
 
 def run(path, *arguments, **keywords):
@@ -267,5 +280,3 @@ def test_a_killed_hv_leaves_a_sane_terminal_and_no_guest(terminal, image):
     while termios.tcgetattr(screen.slave) != screen.before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert termios.tcgetattr(screen.slave) == screen.before
-
-

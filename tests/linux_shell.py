@@ -1,0 +1,21 @@
+"""The shell on a Linux guest's console."""
+
+PROMPT = r"/ # \Z|/ # (\x1b\[6n)?\Z"
+QUIET = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
+BOOT_SECONDS = 300
+COMMAND_SECONDS = 60
+
+
+class Shell:
+    """The shell on a guest's console."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        machine.console.expect(PROMPT, timeout=BOOT_SECONDS)
+
+    def run(self, command, timeout=COMMAND_SECONDS):
+        """Type a command and return what it printed."""
+        # the marks are written so that the echo of the command line does not match them
+        self.machine.console.write(f"echo BE''GIN; {command}; echo EN''D\n")
+        found = self.machine.console.expect(rb"(?s)BEGIN\r\n(.*?)END\r\n", timeout=timeout)
+        return found[1].decode().replace("\r\n", "\n").strip()
