@@ -5,7 +5,8 @@
 # that mean nothing to it. Status 1 if it is still on after that.
 .include "multiboot.inc"
 
-.equ SLP_EN, 1 << 13            # PM1 control register (ACPI 6.4, 4.8.3.2.1)
+# ACPI 6.4, PM1 Control Registers Fixed Hardware Feature Control Bits
+.equ SLP_EN, 1 << 13
 .equ SLP_TYP_SHIFT, 10
 
 START

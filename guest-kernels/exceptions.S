@@ -7,7 +7,7 @@
 .include "tables.inc"
 .include "long_mode.inc"
 
-.equ DIVIDE_ERROR, 0            # exception vectors (Intel SDM volume 3, table 6-1)
+.equ DIVIDE_ERROR, 0            # vectors (Intel SDM volume 3, Interrupt and Exception Handling)
 .equ INVALID_OPCODE, 6
 .equ GENERAL_PROTECTION, 13
 .equ PAGE_FAULT, 14

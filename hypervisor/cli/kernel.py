@@ -85,6 +85,8 @@ def _get(options: argparse.Namespace) -> None:
     try:
         for name in names:
             kernel = kernels.get(name, update=options.update, progress=reporter)
+            if kernel.is_linux:
+                kernels.default_initramfs(name)  # now, so that a run needs no tools and no writable cache
             reporter.end()
             print(f"{name} {kernel.version}: {kernel.image}")
             for note in kernel.notes:

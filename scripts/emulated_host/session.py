@@ -192,7 +192,7 @@ class Session:
             if self._running and self._terminal.present:
                 self._control.say("size", *self._terminal.size())
         elif number in FORWARDED:
-            if not self._running or False:
+            if not self._running or self._signalled:
                 raise _Ended(128 + number)
             self._signalled = number
             self._control.say("signal", number)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ def test_a_slow_reader_loses_nothing():
 
 
 def test_timeout():
-    done = run(["sleep", "60"], timeout=1.5)
+    done = run(["sleep", "20"], timeout=1.5)
     assert done.returncode == 124
     assert b"did not end within 1.5 s" in done.stderr
 
@@ -164,12 +165,16 @@ def test_timeout():
 # --- signals -----------------------------------------------------------------------------------------------------
 
 
-def started(script: str) -> subprocess.Popen[bytes]:
-    """Return a running driver whose command has said `up`."""
-    process = subprocess.Popen(driver(["sh", "-c", script]), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
-    return process
+@contextmanager
+def started(script: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Yield a running driver whose command has said `up`; end it whatever happens."""
+    with subprocess.Popen(driver(["sh", "-c", script]), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def test_the_first_signal_goes_to_the_command():
@@ -194,7 +199,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_sigkill_leaves_no_machine_behind():
-    with started("echo up; exec sleep 60") as process:
+    with started("echo up; exec sleep 20") as process:
         [emulator] = children(process.pid)
         process.kill()
         process.wait()
@@ -219,7 +224,7 @@ def test_a_machine_that_dies_shows_its_last_words():
 def test_a_boot_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(session, "BOOT_SECONDS", 0.3)
     with (
-        machine.Machine(lambda _: ["sh", "-c", "echo stuck; exec sleep 60"]) as running,
+        machine.Machine(lambda _: ["sh", "-c", "echo stuck; exec sleep 20"]) as running,
         pytest.raises(HostCannotError, match=r"not up after 0.3 s") as caught,
     ):
         session.Session(running, session.Command(["true"], {}, "/")).run()
@@ -242,7 +247,7 @@ def test_files_come_back(tmp_path):
 
 def test_nothing_comes_back_from_a_command_that_was_ended(tmp_path):
     archive, target = tmp_path / "out.tar", tmp_path / "target"
-    shell("sleep 60", timeout=1, out=str(tmp_path), archive=str(archive))
+    shell("sleep 20", timeout=1, out=str(tmp_path), archive=str(archive))
     cli._bring_back(archive, target)
     assert not target.exists()
 
@@ -295,7 +300,7 @@ def test_control_c_goes_inside(terminal):
 
 
 def test_three_escapes_end_it(terminal):
-    child = terminal("stty raw; echo up; sleep 60")
+    child = terminal("stty raw; echo up; sleep 20")
     child.expect("up")
     child.send("\x1d\x1d")
     time.sleep(0.3)
@@ -309,7 +314,7 @@ def test_three_escapes_end_it(terminal):
     assert child.exitstatus == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("ending", ["exit 0", "kill -KILL $PPID", "sleep 60"])
+@pytest.mark.parametrize("ending", ["exit 0", "kill -KILL $PPID", "sleep 20"])
 def test_the_terminal_is_restored(ending):
     """After the command's end, the machine's death, and a timeout."""
     pexpect = pytest.importorskip("pexpect")
