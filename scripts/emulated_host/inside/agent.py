@@ -299,12 +299,39 @@ def open_ports() -> dict[str, int]:
     return {name: os.open(f"/dev/{devices[name]}", os.O_RDWR) for name in names}
 
 
+def hold_kvm() -> list[int]:
+    """Keep two idle VMs, with and without irqchip, as long as this process lives; return what keeps them.
+
+    KVM patches the kernel's code when the first VM appears and when the last one goes, and likewise for irqchips. On
+    more than one CPU QEMU 7.2's TCG sometimes goes on running the old code: both CPUs then trap on the breakpoint of a
+    patch that is long finished, for ever. With these VMs there is no first and no last.
+    """
+    import fcntl  # noqa: PLC0415 - process 1 alone needs it
+
+    create_vm, create_irqchip, create_vcpu = 0xAE01, 0xAE60, 0xAE41
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return []  # no KVM: the command will say so
+    held = [kvm]
+    for with_irqchip in (False, True):
+        vm = fcntl.ioctl(kvm, create_vm, 0)
+        if with_irqchip:
+            fcntl.ioctl(vm, create_irqchip, 0)
+        held += [vm, fcntl.ioctl(vm, create_vcpu, 0)]
+    for fd in held:
+        os.set_inheritable(fd, False)
+    return held
+
+
 def main() -> None:
     """Serve one command over the virtio ports, or, for tests, over descriptors: FOLDER NAME=NUMBER..."""
     if len(sys.argv) > 1:
         Agent({name: int(number) for name, number in (pair.split("=") for pair in sys.argv[2:])}, sys.argv[1]).serve()
         return
+    held = hold_kvm()
     Agent(open_ports(), "/out").serve()
+    del held
     select.select([], [], [])  # process 1 may not end; the outside ends the machine
 
 
