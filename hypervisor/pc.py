@@ -78,6 +78,8 @@ class LazyDevice(Generic[D]):
         self._make = make
         self._offset = offset
         self._device: D | None = None
+        self.claim: Claim | None = None
+        """The claim that shall call the device itself once it is made; None keeps this object in between."""
 
     @property
     def is_made(self) -> bool:
@@ -89,6 +91,9 @@ class LazyDevice(Generic[D]):
         """The device itself."""
         if self._device is None:
             self._device = self._make()
+            if self.claim is not None:
+                self.claim.read = self._device.read
+                self.claim.write = self._device.write
         return self._device
 
     def read(self, offset: int, size: int) -> int:
@@ -146,7 +151,7 @@ class Pc:
             return uart
 
         uart = LazyDevice(make)
-        claim = self._ports.claim(layout.COM1, 8, uart, "uart0")
+        claim = uart.claim = self._ports.claim(layout.COM1, 8, uart, "uart0")
 
         def deliver() -> None:
             with claim.lock:
@@ -204,7 +209,7 @@ class Pc:
             )
 
         self._pm = LazyDevice(make)
-        self._pm_claim = self._ports.claim(layout.PM1_EVENT, 12, self._pm, "acpi-pm")
+        self._pm_claim = self._pm.claim = self._ports.claim(layout.PM1_EVENT, 12, self._pm, "acpi-pm")
 
     def _add_fw_cfg(self, cpus: int, memory: GuestMemory) -> None:
         def make() -> FwCfg:
