@@ -66,6 +66,24 @@ def make_payload(image: Image, checkout: Path, extra: Sequence[tuple[Path, str]]
     Raises:
         HostCannotError: a file cannot be read, or the disk cannot be made.
     """
+    layout = lay_out(image, checkout, extra, work)
+    disk = work / "payload.ext4"
+    make_image(layout, disk)
+    shutil.rmtree(layout)
+    return disk
+
+
+def lay_out(
+    image: Image, checkout: Path, extra: Sequence[tuple[Path, str]], work: Path, *, timeless: bool = False
+) -> Path:
+    """Lay out what every run brings in a folder below `work` and return that; the arguments are `make_payload`'s.
+
+    Args:
+        timeless: compile so that the sources' times do not matter, for a file system that does not keep them.
+
+    Raises:
+        HostCannotError: a file cannot be read.
+    """
     layout = work / "payload"
     version = image.facts["python"]
     try:
@@ -81,11 +99,8 @@ def make_payload(image: Image, checkout: Path, extra: Sequence[tuple[Path, str]]
         shutil.copy(INSIDE / "agent.py", agent)
     except OSError as error:
         raise HostCannotError(f"cannot bring {error.filename}: {error.strerror}") from None
-    _compile(image, layout)
-    disk = work / "payload.ext4"
-    make_image(layout, disk)
-    shutil.rmtree(layout)
-    return disk
+    _compile(image, layout, ("-f", "--invalidation-mode", "unchecked-hash") if timeless else ())
+    return layout
 
 
 def _bring_checkout(checkout: Path, target: Path, tag: str) -> None:
@@ -148,13 +163,13 @@ def _hard_link(source: Path, target: Path) -> bool:
     return True
 
 
-def _compile(image: Image, layout: Path) -> None:
+def _compile(image: Image, layout: Path, options: Sequence[str]) -> None:
     """Compile the packages and the agent. Sources that do not compile are the command's affair, not ours."""
     python, environment = image.native_python()
     checkout = layout / CHECKOUT
     sources = [folder for folder in checkout.iterdir() if folder.is_dir() and (folder / "__init__.py").is_file()]
     agent = layout / "usr/lib/emulated-host/agent.py"
-    common = [*python, "-m", "compileall", "-q", "-s", str(layout), "-p", "/"]
+    common = [*python, "-m", "compileall", "-q", *options, "-s", str(layout), "-p", "/"]
     for argv in ([*common, *map(str, sources)], [*common, "-b", str(agent)]):
         subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if not agent.with_suffix(".pyc").is_file():

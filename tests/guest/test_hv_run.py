@@ -159,7 +159,7 @@ def rss_kib(pid):
 
 def test_a_blocked_standard_output_blocks_no_vcpu_and_is_bounded(image):
     """Nobody reads the pipe; the guest floods it and counts on: it must go on running, in bounded memory."""
-    process = start(image(STRING_FLOOD))
+    process = start(image(STRING_FLOOD), pipesize=4096)
     time.sleep(2)
     first = rss_kib(process.pid)
     time.sleep(3)
@@ -169,6 +169,28 @@ def test_a_blocked_standard_output_blocks_no_vcpu_and_is_bounded(image):
     assert b"bytes of console output were lost" in process.stderr.read()
     process.stdout.close()
     process.stderr.close()
+
+
+@pytest.mark.slow
+def test_a_guest_that_hammers_for_a_minute_leaves_memory_and_log_bounded(tmp_path):
+    """Ports, memory-mapped I/O and the UART, as fast as it can, with every event logged."""
+    errors = tmp_path / "errors"
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hypervisor", "run", "hammer", "--ram", "16", "--log-level", "debug"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+        )
+        time.sleep(10)  # imports, the console's last MiB and the allocator have settled
+        first = rss_kib(process.pid)
+        time.sleep(50)
+        grown = rss_kib(process.pid) - first
+        process.send_signal(signal.SIGINT)
+        status = process.wait(timeout=SECONDS)
+    assert status == 128 + signal.SIGINT
+    assert grown < 3072  # the two consoles keep a MiB each, which takes a while to come
+    assert errors.stat().st_size < 16384
 
 
 def test_no_console(image):
