@@ -64,6 +64,7 @@ class Machine:
         self._outcome: Outcome | None = None
         self._started = False
         self._software_kvm = is_software_kvm()
+        cpuid.parse(config.cpu)  # the user's mistakes before the host's
         self.boot_plan, self._symbols = plan_boot(config)
         with ExitStack() as stack:
             self.memory = GuestMemory(config.ram_mib * layout.MIB)

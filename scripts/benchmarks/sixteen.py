@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-WARM_UP = 2
+WARM_UP = 6
 """Machines before the first count: they import modules, and fill the C library's pools of stacks and heaps."""
 
 

@@ -10,8 +10,11 @@ import sys
 import termios
 import time
 
+import images
 import pytest
 from guest_code import EXIT_WITH
+
+from hypervisor.host import Kind, quick_kind
 
 pytestmark = pytest.mark.kvm
 
@@ -88,6 +91,25 @@ def test_a_triple_fault_is_4_and_explained(tmp_path):
     lines = result.stderr.decode().splitlines()
     assert lines[0].startswith("hv: triple fault")
     assert "ud2" in result.stderr.decode() or "reset" in result.stderr.decode()  # AMD-V resets the vCPU's state
+
+
+def test_linux_is_refused_where_the_kvm_is_a_software_one(tmp_path):
+    kernel = tmp_path / "bzImage"
+    kernel.write_bytes(images.bzimage(images.kernel_payload("gzip", b"kernel" * 100)))
+    result = subprocess.run(
+        [sys.executable, "-m", "hypervisor", "run", str(kernel), "--timeout", "5"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if quick_kind() is Kind.SOFTWARE:
+        assert result.returncode == 3
+        lines = result.stderr.decode().splitlines()
+        assert "software" in lines[0]
+        assert "scripts/emulated-host" in lines[1]
+    else:
+        assert result.returncode in {4, 124}  # it ran, whatever became of it
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
