@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from emulated_host.image import Image
 
-VERSION: Final = 2
+VERSION: Final = 1
 """Raise this when the way the base archive is made changes, so that old ones are no longer taken."""
 
 PACKAGES: Final = "bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso binutils"
@@ -57,17 +57,29 @@ MODULES: Final = ("virt/lib/irqbypass", "arch/x86/kvm/kvm", "arch/x86/kvm/kvm-in
 STRIP: Final = ("-g", "-R", ".BTF", "-R", ".rela__mcount_loc", "-R", "__mcount_loc")
 """What loading a module spends most of its time on: types for BPF, and patching the calls of the function tracer."""
 
-LIBRARIES: Final = ("libc.so.6", "libm.so.6", "libz.so.1", "libexpat.so.1", "libffi.so.8", "libgcc_s.so.1",
-    "libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1")
+LIBRARIES: Final = (
+    "libc.so.6",
+    "libm.so.6",
+    "libz.so.1",
+    "libexpat.so.1",
+    "libffi.so.8",
+    "libgcc_s.so.1",
+    "libpthread.so.0",
+    "libdl.so.2",
+    "librt.so.1",
+    "libutil.so.1",
+)
 LIBRARIES_IN: Final = "usr/lib/x86_64-linux-gnu"
 
 NOT_STDLIB: Final = frozenset(
-    ("__pycache__", "test", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip", "pydoc_data", "turtledemo")
-    + ("unittest", "venv", "xmlrpc", "wsgiref", "dbm", "curses", "sqlite3", "multiprocessing")
+    (
+        *("__pycache__", "test", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip", "pydoc_data", "turtledemo"),
+        *("unittest", "venv", "xmlrpc", "wsgiref", "dbm", "curses", "sqlite3", "multiprocessing"),
+    )
 )
 """Folders of the standard library that stay outside."""
 
-WHEELS: Final = ("cffi", "structlog")
+WHEELS: Final = ("cffi", "structlog", "iced_x86")
 """Installed packages that come along, beside cffi's extension module."""
 
 BOOT_SECONDS: Final = 600.0
@@ -136,7 +148,7 @@ def check_installed() -> None:
 
 
 def bochsrc(iso: Path, log: Path, ports: Sequence[str]) -> str:
-    """Return Bochs's configuration: one Haswell CPU, 1 GiB, the ISO, and serial ports that write to the files `ports`."""
+    """Return Bochs's configuration: a Haswell CPU, 1 GiB, the ISO, and serial ports that write to the files `ports`."""
     lines = [
         "cpu: model=corei7_haswell_4770, count=1, ips=50000000, reset_on_triple_fault=0",
         "memory: guest=1024, host=1024",
@@ -164,15 +176,17 @@ def script_for(argv: Sequence[str], environment: Mapping[str, str], folder: str)
     return "\n".join([*exports, f"cd {shlex.quote(folder)} || exit", f"exec {shlex.join(argv)}"]) + "\n"
 
 
-def base_archive(image: Image, *, rebuild: bool = False) -> Path:
+def base_archive(image: Image) -> Path:
     """Return the part of the initramfs that no run changes, made from the root image's tree if need be."""
     archive = image.folder / f"vtx-{VERSION}.cpio"
-    if not archive.is_file() or rebuild:
+    if not archive.is_file():
         layout = image.folder / f"vtx.new-{os.getpid()}"
         try:
             _lay_out_base(image, layout)
             unfinished = layout.with_suffix(".cpio")
             _write_archive(layout, unfinished)
+            for older in image.folder.glob("vtx-*.cpio"):
+                older.unlink(missing_ok=True)
             unfinished.rename(archive)
         finally:
             shutil.rmtree(layout, ignore_errors=True)
@@ -188,8 +202,8 @@ def _lay_out_base(image: Image, layout: Path) -> None:
         (layout / name).symlink_to(target)
     (layout / "usr/sbin").symlink_to("bin")
     wanted = ["usr/bin/busybox", f"usr/bin/{python}", "usr/lib64/ld-linux-x86-64.so.2", "etc/passwd", "etc/group"]
-    for name in (*wanted, *(f"{LIBRARIES_IN}/{library}" for library in LIBRARIES)):
-        shutil.copy(tree / name, layout / name)
+    for wish in (*wanted, *(f"{LIBRARIES_IN}/{library}" for library in LIBRARIES)):
+        shutil.copy(tree / wish, layout / wish)
     for name in ("python3", "python"):
         (layout / "usr/bin" / name).symlink_to(python)
     for applet in call([tree / "bin/busybox", "--list"]).split():
@@ -204,8 +218,8 @@ def _lay_out_base(image: Image, layout: Path) -> None:
         shutil.copy(extension, layout / wheels)
     kernel = tree / "usr/lib/modules" / image.facts["kernel"] / "kernel"
     for module in MODULES:
-        target = layout / "modules" / f"{Path(module).name}.ko"
-        call([find_tool("objcopy"), *STRIP, kernel / f"{module}.ko", target])
+        stripped = layout / "modules" / f"{Path(module).name}.ko"
+        call([find_tool("objcopy"), *STRIP, kernel / f"{module}.ko", stripped])
 
 
 def _copy_compiled(source: Path, target: Path, left_out: frozenset[str]) -> None:
@@ -285,6 +299,7 @@ class Run:
         self._timeout = timeout
         self._running = False
         self._log = b""
+        self._screen = b""
 
     def follow(self, output: int, errors: int, screen: int) -> int:
         """Pass on what comes from Bochs's descriptors and return the command's status, or 124 after the timeout.
@@ -297,7 +312,7 @@ class Run:
             if errors in ready:
                 self._pass_on(2, os.read(errors, LOG_BYTES))
             if screen in ready:
-                os.read(screen, LOG_BYTES)  # the emulated screen, which nobody wants to see
+                self._look_at(screen)
             if output in ready:
                 data = os.read(output, LOG_BYTES)
                 if not data:
@@ -306,22 +321,28 @@ class Run:
                     status = self._take(part)
                     if status is not None:
                         return self._finish(errors, status)
-            if not ready and self._seconds_left() <= 0:
-                return self._late()
+            if self._seconds_left() == 0:
+                if not self._timed_out():
+                    raise self._failure(f"the emulated host was not up after {BOOT_SECONDS:g} s")
+                say(f"the command did not end within {self._timeout:g} s")
+                return TIMED_OUT
 
-    def _seconds_left(self) -> float:
-        limits = [self._timeout] if self._timeout is not None else []
+    def _seconds_left(self) -> float | None:
+        """Return the seconds until the next deadline, 0 once it has passed, None if there is none."""
+        limits = [] if self._timeout is None else [self._timeout]
         if not self._running:
             limits.append(BOOT_SECONDS)
-        return max(0.0, self._began + min(limits, default=3600.0) - time.monotonic()) if limits else 3600.0
+        return max(0.0, self._began + min(limits) - time.monotonic()) if limits else None
 
-    def _late(self) -> int:
-        if self._timeout is not None and time.monotonic() >= self._began + self._timeout:
-            say(f"the command did not end within {self._timeout:g} s")
-            return TIMED_OUT
-        if not self._running:
-            raise self._failure(f"the emulated host was not up after {BOOT_SECONDS:g} s")
-        return TIMED_OUT
+    def _timed_out(self) -> bool:
+        return self._timeout is not None and time.monotonic() >= self._began + self._timeout
+
+    def _look_at(self, screen: int) -> None:
+        """Keep the end of what is on the emulated screen: there Bochs and the BIOS complain."""
+        try:
+            self._screen = (self._screen + os.read(screen, LOG_BYTES))[-LOG_BYTES:]
+        except OSError:
+            pass  # EIO: Bochs is gone, and the first port will say so
 
     def _take(self, part: bytes | Mark) -> int | None:
         """Deal with a piece of the first port's output; return the status if that is the end."""
@@ -355,7 +376,8 @@ class Run:
             data = data[os.write(descriptor, data) :]
 
     def _failure(self, text: str) -> HostCannotError:
-        log = "" if self._verbose else self._log.decode(errors="replace").replace("\r", "")[-2000:]
+        said = self._screen if not self._log else b"" if self._verbose else self._log
+        log = said.decode(errors="replace").replace("\r", "")[-2000:]
         return HostCannotError(f"{text}; the end of its log follows" if log else text, log)
 
 
@@ -366,23 +388,26 @@ def run(iso: Path, secret: str, work: Path, timeout: float | None, *, verbose: b
         HostCannotError: the emulated host failed.
     """
     (work / "rc").write_text("c\n")  # Debian's build stops at its debugger's prompt: continue
+    output, output_in = os.pipe()
+    errors, errors_in = os.pipe()
+    screen, terminal = pty.openpty()
     with ExitStack() as stack:
-
-        def opened(pair: tuple[int, int]) -> tuple[int, int]:
-            for descriptor in pair:
-                stack.callback(os.close, descriptor)
-            return pair
-
-        output, output_in = opened(os.pipe())
-        errors, errors_in = opened(os.pipe())
-        screen, terminal = opened(pty.openpty())
-        ports = [f"/proc/self/fd/{descriptor}" for descriptor in (output_in, errors_in)]
-        (work / "bochsrc").write_text(bochsrc(iso, work / "bochs.log", ports))
-        argv = [find_tool("bochs-bin"), "-q", "-f", str(work / "bochsrc"), "-rc", str(work / "rc")]
-        process = _start(argv, terminal, (output_in, errors_in))
+        for descriptor in (output, errors, screen):
+            stack.callback(os.close, descriptor)
+        try:
+            ports = [f"/proc/self/fd/{descriptor}" for descriptor in (output_in, errors_in)]
+            (work / "bochsrc").write_text(bochsrc(iso, work / "bochs.log", ports))
+            argv = [find_tool("bochs-bin"), "-q", "-f", str(work / "bochsrc"), "-rc", str(work / "rc")]
+            process = _start(argv, terminal, (output_in, errors_in))
+        finally:
+            for descriptor in (output_in, errors_in, terminal):
+                os.close(descriptor)  # Bochs alone has them: when it ends, so do the streams
         stack.callback(process.wait)
         stack.callback(process.kill)
-        return Run(secret, timeout, verbose=verbose).follow(output, errors, screen)
+        try:
+            return Run(secret, timeout, verbose=verbose).follow(output, errors, screen)
+        except BrokenPipeError:  # nobody reads the output any more
+            return 128 + signal.SIGPIPE
 
 
 def _start(argv: Sequence[str], terminal: int, ports: tuple[int, int]) -> subprocess.Popen[bytes]:

@@ -59,7 +59,8 @@ in a terminal:
 
 Intel:
   With --vt-x the host is an Intel CPU with VT-x, under Bochs, and has the distribution's kvm_intel: one CPU, 1 GiB,
-  lean (Python, busybox, the checkout, --with), no input, and five times slower still; it boots in about fifteen seconds.
+  no input, the checkout, Python with what hv needs, busybox, and what --with brings. It is five times slower
+  still, but boots in a quarter of a minute. COMMAND is over when all its processes have closed their output.
   It needs Debian's bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso (scripts/setup vtx).
   --memory, --cpus, --out and --shell do not go with it.
 
@@ -149,18 +150,7 @@ def _run(options: argparse.Namespace) -> int:
         words = ["sh", "-c", '"$@"; exec sh -i', "sh", *words] if words else ["sh", "-i"]
     if not words and not options.build_only:
         raise UsageError("which command? `scripts/emulated-host --help` has examples")
-    if options.vt_x:
-        _refuse_with_vt_x(options)
-    options.memory = DEFAULT_SIZE.memory_mib if options.memory is None else options.memory
-    options.cpus = DEFAULT_SIZE.cpus if options.cpus is None else options.cpus
-    if options.memory < MIN_MEMORY_MIB:
-        raise UsageError(f"--memory {options.memory}: it needs {MIN_MEMORY_MIB} MiB at least")
-    if options.cpus < 1:
-        raise UsageError(f"--cpus {options.cpus}: it needs one at least")
-    if options.timeout is not None and options.timeout <= 0:
-        raise UsageError(f"--timeout {options.timeout:g}: it must be more than 0 seconds")
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
-        raise UsageError(f"--out {options.out}: not a folder")
+    _check(options)
     extra = [parse_with(text) for text in options.extra]
     environment = _environment(options.env)
     if options.vt_x:
@@ -180,6 +170,22 @@ def _run(options: argparse.Namespace) -> int:
         if archive is not None:
             _bring_back(archive, options.out)
     return status
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Fill in what was not given, and refuse what cannot be."""
+    if options.vt_x:
+        _refuse_with_vt_x(options)
+    options.memory = DEFAULT_SIZE.memory_mib if options.memory is None else options.memory
+    options.cpus = DEFAULT_SIZE.cpus if options.cpus is None else options.cpus
+    if options.memory < MIN_MEMORY_MIB:
+        raise UsageError(f"--memory {options.memory}: it needs {MIN_MEMORY_MIB} MiB at least")
+    if options.cpus < 1:
+        raise UsageError(f"--cpus {options.cpus}: it needs one at least")
+    if options.timeout is not None and options.timeout <= 0:
+        raise UsageError(f"--timeout {options.timeout:g}: it must be more than 0 seconds")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise UsageError(f"--out {options.out}: not a folder")
 
 
 def _refuse_with_vt_x(options: argparse.Namespace) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 DEBIAN_PACKAGE: Final = {
     "qemu-system-x86_64": "qemu-system-x86",
     "mke2fs": "e2fsprogs",
+    "bochs-bin": "bochs",
+    "xorriso": "xorriso",
+    "objcopy": "binutils",
     "apt-get": "apt",
     "apt-cache": "apt",
     "dpkg-deb": "dpkg",

@@ -76,9 +76,13 @@ def make_payload(image: Image, checkout: Path, extra: Sequence[tuple[Path, str]]
 def lay_out(
     image: Image, checkout: Path, extra: Sequence[tuple[Path, str]], work: Path, *, timeless: bool = False
 ) -> Path:
-    """Lay out what every run brings in a folder below `work` and return that; the arguments are `make_payload`'s.
+    """Lay out what every run brings in a folder below `work` and return that.
 
     Args:
+        image: the root image; its Python compiles the sources.
+        checkout: the project.
+        extra: pairs of what to bring and where it goes inside.
+        work: an empty folder of this run's own.
         timeless: compile so that the sources' times do not matter, for a file system that does not keep them.
 
     Raises:
