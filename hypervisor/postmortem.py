@@ -354,8 +354,11 @@ def _instruction_clause(scene: _Scene) -> str:
 
 
 def _decode(scene: _Scene, code: bytes, count: int) -> list[tuple[int, str]]:
-    """Disassemble at most `count` instructions; what is none is "(bad)"."""
-    from iced_x86 import Decoder, Formatter, FormatterSyntax  # noqa: PLC0415 - 70 ms, and only a death needs it
+    """Disassemble at most `count` instructions; what is none is "(bad)". Without iced-x86 the bytes must do."""
+    try:
+        from iced_x86 import Decoder, Formatter, FormatterSyntax  # noqa: PLC0415 - 70 ms, and only a death needs it
+    except ImportError:
+        return [(scene.rip, f"bytes {code[:15].hex(' ')}")]  # the longest instruction has 15
 
     formatter = Formatter(FormatterSyntax.NASM)
     formatter.hex_prefix, formatter.hex_suffix = "0x", ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from devices.ports import GuestFault
 from hypervisor.outcome import Outcome, Stop
-from hypervisor.postmortem import explain
+from hypervisor.postmortem import describe, explain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -222,3 +223,12 @@ def test_no_last_moment_is_too_strange(
     assert report.message
     assert "\n" not in report.message
     assert len(outcome.detail) < 20_000
+
+
+def test_a_death_is_explained_without_the_disassembler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "iced_x86", None)  # as if it were not installed
+    segment = SimpleNamespace(base=0, limit=0xFFFF_FFFF, selector=16, l=0, db=1, dpl=0, type=11)
+    special = {"cr0": 0x11, "cr3": 0, "cr4": 0, "efer": 0, "cs": segment, "ss": segment, "idt_limit": 0}
+    report = describe(8, [0] * 18, {"rip": 0x1000}, special, lambda _address, size: (b"\x0f\x0b" * size)[:size])
+    assert "0x1000" in report.message
+    assert "bytes 0f 0b" in report.message
