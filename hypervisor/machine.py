@@ -88,7 +88,8 @@ class Machine:
         if self.boot_plan.is_linux and not self.config.force and self._software_kvm:
             raise HostError(
                 "this host's KVM is a software one (kvm_pvm): it cannot run a Linux kernel",
-                hint="run it in the emulated host: scripts/emulated-host -- hv run ...; --force tries it all the same",
+                hint="scripts/boot-linux boots one in the emulated host, scripts/emulated-host runs any command there;"
+                " --force tries it here all the same",
             )
 
     def _build_vm(self, kvm: Kvm) -> None:
