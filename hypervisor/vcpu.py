@@ -57,13 +57,10 @@ class Vcpu:
 
     # --- control, from any thread ------------------------------------------------------------------------------------
 
-    def start(self, *, paused: bool = False) -> None:
-        """Start the thread; with `paused` it waits for `resume` before the first instruction."""
-        self._pausing = paused
+    def start(self) -> None:
+        """Start the thread."""
         self._thread = threading.Thread(target=self._main, name=f"hv-vcpu{self.index}", daemon=True)
         self._thread.start()
-        if paused:
-            self.handle.kick()
 
     def request_pause(self) -> None:
         """Ask the vCPU to leave the guest and wait; `wait_parked` tells when it does."""

@@ -29,11 +29,6 @@ int hv_ioctl_value(int fd, unsigned long request, unsigned long value)
     return result < 0 ? -errno : result;
 }
 
-uint64_t hv_ticks(void)
-{
-    return __rdtsc();
-}
-
 /* --- rings ------------------------------------------------------------------------------------------------------ */
 
 struct hv_ring {

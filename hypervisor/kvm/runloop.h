@@ -81,6 +81,5 @@ uint64_t hv_vcpu_run(struct hv_vcpu *vcpu, uint64_t reply);
 void hv_vcpu_kick(struct hv_vcpu *vcpu);
 void hv_thread_enter(struct hv_vcpu *vcpu);
 void hv_thread_leave(struct hv_vcpu *vcpu);
-uint64_t hv_ticks(void);
 
 #endif

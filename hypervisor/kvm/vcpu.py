@@ -213,12 +213,6 @@ class Vcpu:
             row.eax, row.ebx, row.ecx, row.edx = eax, ebx, ecx, edx
         control(self._fd, lib.KVM_SET_CPUID2, table)
 
-    def msrs(self, indices: Sequence[int]) -> dict[int, int]:
-        """Return the named MSRs; those from the first one on that this KVM does not know are left out."""
-        table = self._msr_table([(index, 0) for index in indices])
-        count = control(self._fd, lib.KVM_GET_MSRS, table)
-        return {table.entries[i].index: table.entries[i].data for i in range(count)}
-
     def set_msrs(self, values: Sequence[tuple[int, int]]) -> int:
         """Set MSRs in order and return how many the kernel took before the first that it refused."""
         return control(self._fd, lib.KVM_SET_MSRS, self._msr_table(values))
@@ -243,17 +237,3 @@ class Vcpu:
         state = ffi.new("struct kvm_lapic_state *")
         ffi.buffer(state.regs)[:] = bytes(page)
         control(self._fd, lib.KVM_SET_LAPIC, state)
-
-    def mp_state(self) -> int:
-        """Return KVM_MP_STATE_ of the vCPU: 0 runnable, 1 waits for INIT, 2 for SIPI, 3 halted."""
-        state = ffi.new("struct kvm_mp_state *")
-        control(self._fd, lib.KVM_GET_MP_STATE, state)
-        value: int = state.mp_state
-        return value
-
-    def translate(self, address: int) -> int | None:
-        """Return the guest-physical address behind a virtual one, None where none is mapped (KVM_TRANSLATE)."""
-        translation = ffi.new("struct kvm_translation *")
-        translation.linear_address = address
-        control(self._fd, lib.KVM_TRANSLATE, translation)
-        return translation.physical_address if translation.valid else None
