@@ -6,6 +6,7 @@ import mmap
 from typing import NamedTuple
 
 from devices.ports import GuestFault
+from hypervisor.errors import HostError
 from hypervisor.kvm import host_address
 from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
 
@@ -32,10 +33,17 @@ class GuestMemory:
     """
 
     def __init__(self, ram_bytes: int) -> None:
-        """Map `ram_bytes` (a multiple of the page size) of zeroes; raises OSError when the host refuses."""
+        """Map `ram_bytes` (a multiple of the page size) of zeroes; raises HostError when the host refuses."""
         self.size = ram_bytes
         # KVM maps a huge page only where guest and host addresses agree below its size
-        self._map = mmap.mmap(-1, ram_bytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        try:
+            self._map = mmap.mmap(-1, ram_bytes + HUGE_PAGE, flags=flags)
+        except OSError as error:
+            mib = ram_bytes >> 20
+            raise HostError(
+                f"this host gives no {mib} MiB of memory: {error.strerror}", hint="use less --ram"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)

@@ -6,9 +6,12 @@ import gc
 import os
 import sys
 from importlib import import_module
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from hypervisor.errors import VmmError
+from hypervisor.errors import HostError, VmmError
+
+if TYPE_CHECKING:
+    import argparse
 
 VERBS: Final = ("run", "check", "kernel", "initramfs")
 FAULT: Final = 5
@@ -77,6 +80,43 @@ def _terminal_width() -> int:
     return (columns or 80) - 2
 
 
+def _load(verb: str) -> Any:
+    """Import the module of a verb."""
+    try:
+        return import_module(f"hypervisor.cli.{verb}")
+    except ModuleNotFoundError as error:
+        if error.name != "hypervisor.kvm._kvm":
+            raise
+        print_error(HostError("the binding to KVM has not been built", hint="scripts/setup builds it"))
+        raise SystemExit(HostError.status) from None
+
+
+def _obey(options: argparse.Namespace) -> int:
+    """Do what the verb does, and turn what goes wrong into a line on stderr and an exit status."""
+    try:
+        status: int = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except VmmError as error:
+        print_error(error)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # the reader of our output is gone: nothing is left to say
+        return 141
+    except OSError as error:  # the host's: out of file descriptors, of memory, of threads
+        print_error(error)
+        return HostError.status
+    except Exception:  # noqa: BLE001 - whatever it is, it is ours, and a status of its own tells scripts so
+        import traceback
+
+        traceback.print_exc()
+        print("hv: this is a fault of hv's own, or of a device that was added to it", file=sys.stderr)
+        return FAULT
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `hv` with these arguments (by default the process's own) and return its exit status."""
     _open_standard_streams()
@@ -95,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and end")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", prog="hv")
     for verb in wanted:
-        module = import_module(f"hypervisor.cli.{verb}")
+        module = _load(verb)
         sub = verbs.add_parser(
             verb,
             help=module.SUMMARY,
@@ -114,16 +154,4 @@ def main(argv: list[str] | None = None) -> int:
     if options.verb is None:
         parser.print_help()
         return 2
-    try:
-        status: int = options.run(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except VmmError as error:
-        print_error(error)
-        return error.status
-    except BrokenPipeError:
-        sys.stdout = None  # the reader of our output is gone: nothing is left to say
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    return status
+    return _obey(options)

@@ -164,6 +164,20 @@ def test_a_full_disk_ends_the_run_and_says_so(image):
     assert result.stderr.decode().strip() == "hv: cannot write the console to /dev/full: No space left on device"
 
 
+def test_memory_that_the_host_does_not_give_is_3(image):
+    limited = ["sh", "-c", 'ulimit -v 600000; exec "$@"', "sh", *command(image(SPIN), "--ram", "4096")]
+    result = subprocess.run(limited, capture_output=True, check=False, timeout=SECONDS)
+    assert result.returncode == 3
+    assert result.stderr.decode().startswith("hv: this host gives no 4096 MiB of memory: Cannot allocate memory")
+
+
+def test_too_few_file_descriptors_is_3(image):
+    limited = ["sh", "-c", 'ulimit -n 7; exec "$@"', "sh", *command(image(SPIN))]
+    result = subprocess.run(limited, capture_output=True, check=False, timeout=SECONDS)
+    assert result.returncode == 3
+    assert "Too many open files" in result.stderr.decode()
+
+
 def test_a_reader_that_goes_away_ends_the_run_quietly(image):
     process = start(image(FLOOD))
     process.stdout.read(10)
