@@ -10,18 +10,22 @@ bus around `read` and `write`, and around whatever it delivers from outside (rec
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 __all__ = [
     "OPEN_BUS",
     "Alarm",
     "ByteSink",
     "Device",
+    "DiskShortCut",
     "FastPath",
     "GuestFault",
     "GuestRam",
     "IrqLine",
     "NoFastPath",
+    "RoutedSignal",
+    "Signal",
+    "TapShortCut",
 ]
 
 OPEN_BUS = 0xFFFF_FFFF_FFFF_FFFF
@@ -68,6 +72,61 @@ class GuestRam(Protocol):
 
     def write(self, gpa: int, data: bytes) -> None:
         """Copy `data` in; raises GuestFault when any byte of the range is not RAM."""
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """Return `size` bytes as they are, writable and without a copy; raises GuestFault when any is not RAM."""
+
+
+class Signal(Protocol):
+    """An interrupt that is a message, not a level: sent, and forgotten (MSI-X, or an edge)."""
+
+    def fire(self) -> None:
+        """Send it. From any thread; two that come before the guest takes the first may count as one."""
+
+    def fileno(self) -> int:
+        """Return an eventfd that sends it when it is written to; -1 where there is none."""
+
+
+class RoutedSignal(Signal, Protocol):
+    """A signal whose way to the guest a PCI function decides. Held back at first."""
+
+    def to_message(self, address: int, data: int) -> None:
+        """Deliver it as this MSI from now on; what was held back is delivered now."""
+
+    def to_line(self) -> None:
+        """Deliver it by the function's interrupt pin from now on; what was held back is delivered now."""
+
+    def hold(self) -> None:
+        """Hold back what is fired from now on (a masked vector)."""
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether something is being held back."""
+
+
+class DiskShortCut(NamedTuple):
+    """What a data path may do for a disk by itself: plain reads and writes that need no decision.
+
+    A data path takes chains of VIRTIO_BLK_T_IN and T_OUT (Virtio 1.2, 5.2.6) that are laid out in the common way, and
+    leaves every other one to the model. It never completes a write before the file has taken it.
+    """
+
+    fd: int
+    """Reads and writes at byte 512 * sector are the disk's."""
+    sectors: int
+    """The disk's capacity, in units of 512 bytes."""
+    readonly: bool
+
+
+class TapShortCut(NamedTuple):
+    """What a data path may do for a network interface by itself: move frames between its queues and a TAP."""
+
+    fd: int
+    """One read or write is one frame, with the header before it."""
+    header_size: int
+    """Length of the header that the guest's buffers and the TAP both have: struct virtio_net_hdr (5.1.6)."""
+    mergeable: bool
+    """Whether a received frame may span several chains (VIRTIO_NET_F_MRG_RXBUF)."""
 
 
 class ByteSink(Protocol):
