@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READABLE = select.EPOLLIN
+WRITABLE = select.EPOLLOUT
+TROUBLE = select.EPOLLERR | select.EPOLLHUP
 _NS_PER_S = 1_000_000_000
 
 
@@ -41,7 +43,8 @@ class EventLoop:
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, READABLE)
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
+        self._writers: dict[int, Callable[[], None]] = {}
         self._soon: list[Callable[[], None]] = []
         self._alarms: list[LoopAlarm] = []  # a handful, made with the devices: no heap is needed
         self._awake_at: int | None = None  # when the thread wakes by itself
@@ -67,17 +70,43 @@ class EventLoop:
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call `callback` whenever `fd` is readable; raises PermissionError where epoll cannot wait (a plain file)."""
-        self._callbacks[fd] = callback
-        try:
-            self._epoll.register(fd, READABLE)
-        except OSError:
-            del self._callbacks[fd]
-            raise
+        self._change(self._readers, fd, callback)
 
     def unwatch(self, fd: int) -> None:
-        """Watch `fd` no more; nothing happens when it is not watched."""
-        if self._callbacks.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+        """Watch `fd` no more for being readable; nothing happens when it is not watched."""
+        self._change(self._readers, fd, None)
+
+    def watch_writable(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever `fd` can be written to."""
+        self._change(self._writers, fd, callback)
+
+    def unwatch_writable(self, fd: int) -> None:
+        """Watch `fd` no more for being writable; nothing happens when it is not watched."""
+        self._change(self._writers, fd, None)
+
+    def _change(self, callbacks: dict[int, Callable[[], None]], fd: int, callback: Callable[[], None] | None) -> None:
+        """Add, replace or (None) remove a callback, and tell epoll."""
+        with self._lock:
+            before = self._events(fd)
+            old = callbacks.pop(fd, None)
+            if callback is not None:
+                callbacks[fd] = callback
+            events = self._events(fd)
+            try:
+                if not before and events:
+                    self._epoll.register(fd, events)
+                elif before and not events:
+                    self._epoll.unregister(fd)
+                elif before != events:
+                    self._epoll.modify(fd, events)
+            except OSError:
+                callbacks.pop(fd, None)
+                if callback is not None and old is not None:
+                    callbacks[fd] = old
+                raise
+
+    def _events(self, fd: int) -> int:
+        return (READABLE if fd in self._readers else 0) | (WRITABLE if fd in self._writers else 0)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call `callback` once in the loop's thread."""
@@ -104,14 +133,21 @@ class EventLoop:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
         try:
             while not self._closing:
-                for fd, _ in self._epoll.poll(self._timeout()):
+                for fd, events in self._epoll.poll(self._timeout()):
                     if fd == self._wake_fd:
                         os.eventfd_read(fd)
-                    elif (callback := self._callbacks.get(fd)) is not None:
-                        callback()
+                    else:
+                        self._dispatch(fd, events)
                 self._run_due()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run ends with it
             self._on_fault(error)
+
+    def _dispatch(self, fd: int, events: int) -> None:
+        """Call who waits for what has happened; trouble is for either of them to find out."""
+        if events & (READABLE | TROUBLE) and (callback := self._readers.get(fd)) is not None:
+            callback()
+        if events & (WRITABLE | TROUBLE) and (callback := self._writers.get(fd)) is not None:
+            callback()
 
     def _timeout(self) -> float:
         with self._lock:

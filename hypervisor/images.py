@@ -70,13 +70,17 @@ def plan_boot(config: MachineConfig) -> tuple[BootPlan, str | None]:
     for module in config.modules:
         path = module.partition(" ")[0]
         modules.append((path, read_image(path, "module"), module))
+    append = append or ""
+    if "acpi=off" in append.split():  # then the command line is the only way to learn of virtio-mmio devices
+        for base, gsi in config.virtio_mmio_places:
+            append += f" virtio_mmio.device={layout.VIRTIO_MMIO_STRIDE}@{base:#x}:{gsi}"
     plan = boot.plan(
         kernel,
         name=name,
         initrd=None if initrd is None else read_image(initrd, "initrd"),
         initrd_name=initrd or "",
         modules=modules,
-        command_line=append or "",
+        command_line=append,
         ram_bytes=config.ram_mib << 20,
         flat_bits=flat,
         decompress=config.decompress,

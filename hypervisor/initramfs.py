@@ -33,7 +33,7 @@ FOLDERS: Final = ("bin", "dev", "etc", "lib", "mnt", "proc", "root", "run", "sbi
 
 VIRTIO: Final = (
     *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_rng", "virtio_console", "virtio_balloon"),
-    "vmw_vsock_virtio_transport",
+    *("vmw_vsock_virtio_transport", "ext4"),
 )
 POWER_BUTTON: Final = ("button", "evdev")
 
@@ -71,6 +71,35 @@ if [ -d /sys/bus/acpi/devices/LNXPWRBN:00 ] || [ -d /sys/bus/acpi/devices/PNP0C0
     load power
     # The power button ends the guest.
     [ -e /dev/input/event0 ] && acpid -l /dev/null
+fi
+
+# The last value that the command line gives a word.
+word() {
+    for one in $(cat /proc/cmdline); do
+        case $one in "$1"=*) echo "${one#*=}" ;; esac
+    done | tail -n 1
+}
+
+# Leave for the root file system that the command line names, if it names one.
+root=$(word root)
+if [ -n "$root" ]; then
+    case $(cat /proc/cmdline) in *" rw"|*" rw "*) how=rw ;; *) how=ro ;; esac
+    type=$(word rootfstype)
+    init=$(word init)
+    for try in 1 2 3 4 5 6 7 8 9 10; do
+        case $root in UUID=*|LABEL=*) device=$(findfs "$root" 2>/dev/null) ;; *) device=$root ;; esac
+        [ -b "$device" ] && break
+        sleep 1
+    done
+    mkdir -p /newroot
+    if mount -o $how ${type:+-t $type} "$device" /newroot; then
+        for one in proc sys dev run; do
+            mkdir -p /newroot/$one 2>/dev/null
+            [ -d /newroot/$one ] && mount -o move /$one /newroot/$one
+        done
+        exec switch_root /newroot "${init:-/sbin/init}" "$@"
+    fi
+    echo "init: cannot mount $root; this is the initramfs"
 fi
 
 cd /

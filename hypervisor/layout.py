@@ -43,6 +43,12 @@ HIGH_MEMORY: Final = 0x100000
 """First byte above 1 MiB: where kernels load."""
 
 # --- addresses in the hole below 4 GiB ------------------------------------------------------------------------------
+PCI_WINDOW: Final = 0xE000_0000
+"""Where the BARs of PCI functions are, and may be moved to."""
+PCI_WINDOW_SIZE: Final = 0x1000_0000
+VIRTIO_MMIO: Final = 0xFEB0_0000
+"""Registers of virtio-mmio devices, one behind the other, where QEMU's microvm has them."""
+VIRTIO_MMIO_STRIDE: Final = 0x200
 IOAPIC: Final = 0xFEC0_0000
 """The address of KVM's in-kernel IOAPIC."""
 LAPIC: Final = 0xFEE0_0000
@@ -80,3 +86,13 @@ IRQ_KEYBOARD: Final = 1
 IRQ_COM1: Final = 4
 IRQ_RTC: Final = 8
 IRQ_SCI: Final = 9
+VIRTIO_MMIO_GSIS: Final = (5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+"""One for each virtio-mmio device: edges. ISA interrupts first, which kernels know without ACPI as well."""
+PCI_GSIS: Final = (16, 17, 18, 19, 20, 21, 22, 23)
+"""Where the INTA pins of PCI devices lead, by device number modulo 8: levels, active low."""
+
+
+def virtio_mmio_places(count: int) -> list[tuple[int, int]]:
+    """Return register address and GSI of the first `count` virtio-mmio devices."""
+    places = enumerate(VIRTIO_MMIO_GSIS[:count])
+    return [(VIRTIO_MMIO + index * VIRTIO_MMIO_STRIDE, gsi) for index, gsi in places]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from devices.ports import IrqLine
+    from devices.virtio.balloon import Balloon
+    from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
 
 STOP_SECONDS: Final = 10.0
@@ -48,6 +50,7 @@ class Machine:
         console: the first serial port.
         debug_console: what the guest writes to port 0xe9.
         bus_pio, bus_mmio: who answers which port and address.
+        devices: the virtio devices' models by name, such as "blk0"; `balloon` is the memory balloon, if there is one.
         boot_plan: what was loaded where.
     """
 
@@ -130,6 +133,19 @@ class Machine:
         self.console = Console(rings[0], self.loop)
         self.debug_console = Console(rings[1], self.loop)
         self.console.on_panic = lambda words: self._end(Outcome(Stop.PANIC, message=f"kernel panic: {words}"))
+        self._virtio = None
+        if self.config.virtio_count:
+            from hypervisor.virtio import VirtioBoard  # noqa: PLC0415 - most small guests have none
+
+            self._virtio = VirtioBoard(
+                config=self.config,
+                vm=self._vm,
+                loop=self.loop,
+                memory=self.memory,
+                on_fault=lambda error: self._end(Outcome.fault(error)),
+            )
+            stack.callback(self._virtio.close)
+            self._virtio.claim(self.bus_mmio)
         has_irqs = self.config.irqchip == "kernel"
 
         def irq(gsi: int) -> IrqLine:
@@ -150,13 +166,21 @@ class Machine:
             on_reset=lambda: self._end(Outcome(Stop.RESET)),
             on_power_off=lambda: self._end(Outcome(Stop.POWER_OFF)),
             is_polled=lambda port: any(vcpu.is_polling(port) for vcpu in self.vcpus),
+            virtio=self._virtio,
         )
 
     def _load(self) -> None:
         memory = self.memory
         cpus = self.config.cpus
         if memory.size >= layout.HIGH_MEMORY:
-            memory.write(layout.ACPI_TABLES, build_tables(cpus=cpus, s5_sleep_type=layout.S5_SLEEP_TYPE, i8042=False))
+            tables = build_tables(
+                cpus=cpus,
+                s5_sleep_type=layout.S5_SLEEP_TYPE,
+                i8042=False,
+                pci_devices=self.config.virtio_count if self.config.virtio == "pci" else 0,
+                virtio_mmio=self.config.virtio_mmio_places,
+            )
+            memory.write(layout.ACPI_TABLES, tables)
             for gpa, table in build_mptable(cpus=cpus):
                 memory.write(gpa, table)
         for segment in self.boot_plan.segments:
@@ -235,6 +259,16 @@ class Machine:
             vcpu.resume()
 
     @property
+    def devices(self) -> dict[str, VirtioDevice]:
+        """The virtio devices' models, by name."""
+        return {} if self._virtio is None else self._virtio.devices
+
+    @property
+    def balloon(self) -> Balloon | None:
+        """The memory balloon."""
+        return None if self._virtio is None else self._virtio.balloon
+
+    @property
     def outcome(self) -> Outcome | None:
         """How the run ended, None while it goes on."""
         return self._outcome if self._done.is_set() else None
@@ -245,6 +279,8 @@ class Machine:
             self.kill()
         for vcpu in self.vcpus:
             vcpu.join()
+        if self._virtio is not None:
+            self._virtio.stop()
         self.loop.close()
         self._stack.close()
 

@@ -102,6 +102,19 @@ class GuestMemory:
         offset = self._offset(gpa, size)
         return self._view[offset : offset + size]
 
+    def reclaim(self, gpa: int, size: int) -> None:
+        """Give pages back to the host; the guest reads zeroes there until it writes again.
+
+        Args:
+            gpa: guest-physical address, a multiple of the page size.
+            size: in bytes, a multiple of the page size.
+
+        Raises:
+            GuestFault: if any byte of the range lies outside RAM.
+        """
+        offset = self._offset(gpa, size)
+        self._map.madvise(mmap.MADV_DONTNEED, self.offset + offset, size)
+
     def close(self) -> None:
         """Unmap, once the VM is closed; with views outstanding the last of them does it."""
         self._view.release()

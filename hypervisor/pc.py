@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hypervisor.eventloop import EventLoop, LoopAlarm
     from hypervisor.kvm import ByteRing, Vm
     from hypervisor.memory import GuestMemory
-
+    from hypervisor.virtio import VirtioBoard
 
 UART_LSR = 5
 
@@ -125,8 +125,13 @@ class Pc:
         on_reset: Callable[[], None],
         on_power_off: Callable[[], None],
         is_polled: Callable[[int], bool],
+        virtio: VirtioBoard | None = None,
     ) -> None:
-        """Make and wire every device; the `on_` callables end the run, `is_polled` says who spins on a port."""
+        """Make and wire every device.
+
+        The `on_` callables end the run, `is_polled` says who spins on a port, `virtio` has the PCI bus if there is more
+        on it than the host bridge.
+        """
         self._vm = vm
         self._ports = ports
         self._loop = loop
@@ -138,7 +143,7 @@ class Pc:
         self._add_rtc(irq(layout.IRQ_RTC), memory)
         self._add_acpi(irq(layout.IRQ_SCI), on_power_off)
         self._add_fw_cfg(cpus, memory)
-        self._add_pci(on_reset)
+        self._add_pci(on_reset, virtio)
 
     def _add_uart(self, irq: IrqLine, console: Console, ring: int, is_polled: Callable[[int], bool]) -> None:
         def make() -> Uart16550:
@@ -219,13 +224,14 @@ class Pc:
 
         self._ports.claim(layout.FW_CFG, 2, LazyDevice(make), "fw_cfg")
 
-    def _add_pci(self, on_reset: Callable[[], None]) -> None:
+    def _add_pci(self, on_reset: Callable[[], None], virtio: VirtioBoard | None) -> None:
         def make() -> PciConfigPorts:
             from devices.pci import PciConfigPorts
 
-            return PciConfigPorts(on_reset=on_reset)
+            return PciConfigPorts(None if virtio is None else virtio.pci, on_reset=on_reset)
 
-        self._ports.claim(layout.PCI_CONFIG, 8, LazyDevice(make), "pci")
+        lock = None if virtio is None else virtio.pci_lock
+        self._ports.claim(layout.PCI_CONFIG, 8, LazyDevice(make), "pci", lock=lock)
 
     def press_power_button(self) -> bool:
         """Ask the guest to power off; return whether it has enabled the button's event."""

@@ -126,12 +126,14 @@ class VirtioDevice:
         """
         queue.ignore_kicks()
         try:
-            for _ in range(most or queue.size):
+            left = most or queue.size
+            while left:
                 chain = queue.pop()
                 if chain is None:
-                    if queue.expect_kicks():
+                    if queue.expect_kicks():  # then the next `pop` has one
                         continue
                     return
+                left -= 1
                 queue.push(chain, self.handle(queue, chain))
             if most is None:
                 self.runner.kick(queue.index)

@@ -61,15 +61,17 @@ class Chain:
         head: the descriptor that stands for it in the used ring.
         readable: the driver's data, pieces of guest memory in order; none is empty.
         writable: where the device's answer goes, pieces of guest memory in order; none is empty.
+        places: guest-physical address of every piece, the readable ones first.
     """
 
-    __slots__ = ("head", "readable", "writable")
+    __slots__ = ("head", "places", "readable", "writable")
 
-    def __init__(self, head: int, readable: list[memoryview], writable: list[memoryview]) -> None:
-        """Describe a chain."""
+    def __init__(self, head: int) -> None:
+        """Describe an empty chain."""
         self.head = head
-        self.readable = readable
-        self.writable = writable
+        self.readable: list[memoryview] = []
+        self.writable: list[memoryview] = []
+        self.places: list[int] = []
 
     @property
     def readable_size(self) -> int:
@@ -202,50 +204,51 @@ class Queue:
         cursor[NEXT_AVAILABLE] = (position + 1) & 0xFFFF
         return chain
 
-    def unpop(self) -> None:
-        """Give the chain that was popped last back: the next `pop` returns it again."""
-        self.cursor[NEXT_AVAILABLE] = (self.cursor[NEXT_AVAILABLE] - 1) & 0xFFFF
+    def unpop(self, count: int = 1) -> None:
+        """Give the `count` chains that were popped last back: the next `pop` returns the first of them again."""
+        self.cursor[NEXT_AVAILABLE] = (self.cursor[NEXT_AVAILABLE] - count) & 0xFFFF
 
     def _chain(self, head: int) -> Chain:
+        """Walk the chain from descriptor `head` (2.7.5)."""
+        chain = Chain(head)
         table = self._table
         size = limit = self.size
         index = head
-        indirect = False
         steps = total = 0
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
         while True:
-            if index >= size:
-                raise BrokenQueueError(f"descriptor {index} of {size}")
             steps += 1
-            if steps > limit:  # a chain visits each descriptor at most once
-                raise BrokenQueueError(f"the chain from descriptor {head} is longer than {limit}: a loop")
+            if index >= size or steps > limit:  # a chain visits each descriptor at most once
+                raise BrokenQueueError(f"the chain from {head} has a loop, or leads to descriptor {index} of {size}")
             gpa, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * index)
             if flags & _INDIRECT:
-                if indirect or flags & _NEXT or not self.features & INDIRECT_DESC:
+                if table is not self._table or flags & _NEXT or not self.features & INDIRECT_DESC:
                     raise BrokenQueueError(f"descriptor {index} may not be indirect (2.7.5.3.1)")
                 table, size = self._indirect_table(gpa, length)
-                indirect = True
                 limit = steps + size
                 index = 0
                 continue
             if length:
                 total += length
-                if total > MAX_CHAIN_BYTES:
-                    raise BrokenQueueError(f"the chain from descriptor {head} is longer than 2^32 bytes")
-                try:
-                    piece = self._ram.view(gpa, length)
-                except GuestFault as fault:
-                    raise BrokenQueueError(f"descriptor {index}: {fault}") from fault
-                if flags & _WRITE:
-                    writable.append(piece)
-                elif writable:
-                    raise BrokenQueueError(f"descriptor {index} is readable behind a writable one (2.7.4.2)")
-                else:
-                    readable.append(piece)
+                self._add_piece(chain, gpa, length, flags & _WRITE)
             if not flags & _NEXT:
-                return Chain(head, readable, writable)
+                if total > MAX_CHAIN_BYTES:
+                    raise BrokenQueueError(f"the chain from {head} is {total} bytes long (2.7.5.2)")
+                return chain
             index = following
+
+    def _add_piece(self, chain: Chain, gpa: int, length: int, writable: int) -> None:
+        """Add what a descriptor points to."""
+        try:
+            piece = self._ram.view(gpa, length)
+        except GuestFault as fault:
+            raise BrokenQueueError(f"the chain from {chain.head}: {fault}") from fault
+        if writable:
+            chain.writable.append(piece)
+        elif chain.writable:
+            raise BrokenQueueError(f"the chain from {chain.head} is readable behind a writable part (2.7.4.2)")
+        else:
+            chain.readable.append(piece)
+        chain.places.append(gpa)
 
     def _indirect_table(self, gpa: int, length: int) -> tuple[memoryview, int]:
         """Return an indirect table and how many descriptors it has (2.7.5.3)."""
@@ -298,15 +301,20 @@ class Queue:
         if not self.features & EVENT_IDX:
             self._used_flags[0] = _NO_NOTIFY
 
-    def expect_kicks(self) -> bool:
-        """Ask the driver to kick for the next chain; return whether one has come in the meantime."""
+    def expect_kicks(self, beyond: int = 0) -> bool:
+        """Ask the driver to kick for the next chain; return whether one has come in the meantime.
+
+        Args:
+            beyond: chains that are available but do not suffice: the kick is to come for one behind them.
+        """
+        awaited = (self.cursor[NEXT_AVAILABLE] + beyond) & 0xFFFF
         if self.features & EVENT_IDX:
-            self._avail_event[0] = self.cursor[NEXT_AVAILABLE]
+            self._avail_event[0] = awaited
         else:
             self._used_flags[0] = 0
         with self._fence:  # what the driver reads is stored before its idx is loaded
             pass
-        return self._available[1] != self.cursor[NEXT_AVAILABLE]
+        return self._available[1] != awaited
 
 
 class _Nobody:

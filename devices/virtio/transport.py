@@ -205,7 +205,7 @@ class VirtioTransport:
     def configurable_queue(self) -> Queue | None:
         """The selected queue while the driver may set it up (3.1.1): not once it is enabled."""
         queue = self.queue
-        if queue is None or queue.is_enabled or self._status & DRIVER_OK:
+        if queue is None or queue.is_enabled:
             self.complain("queue.fixed", queue=self.queue_select)
             return None
         return queue
@@ -234,6 +234,20 @@ class VirtioTransport:
             queue.enable(self._driver_features)
         except BrokenQueueError as error:
             self.device.fail(queue, error)
+            return
+        if self.device.is_active:  # one that was disabled comes back
+            self._runner.stop()
+            self._runner.start()
+
+    def disable_queue(self) -> None:
+        """Stop using the selected queue; it can be set up again (4.2.2.2)."""
+        queue = self.queue
+        if queue is None or not queue.is_enabled:
+            return
+        self._runner.stop()
+        queue.reset()
+        if self.device.is_active:
+            self._runner.start()
 
     def kick(self, index: int) -> None:
         """Serve a queue: a kick that came through a register and not by an eventfd."""

@@ -7,10 +7,13 @@ that can cost more than the rest of its boot.
 from __future__ import annotations
 
 from struct import pack
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from hypervisor import layout
 from hypervisor.boot import aml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["MAX_CPUS", "build_tables"]
 
@@ -49,7 +52,15 @@ _RESET_REG_SUP: Final = 1 << 10
 _FLAGS: Final = _WBINVD | _PROC_C1 | _NO_FIXED_SLEEP_BUTTON | _NO_FIXED_RTC_WAKE | _TIMER_32_BITS | _RESET_REG_SUP
 
 
-def build_tables(*, cpus: int, s5_sleep_type: int, base: int = layout.ACPI_TABLES, i8042: bool = True) -> bytes:
+def build_tables(  # noqa: PLR0913 - what a platform has, all of it by name
+    *,
+    cpus: int,
+    s5_sleep_type: int,
+    base: int = layout.ACPI_TABLES,
+    i8042: bool = True,
+    pci_devices: int = 0,
+    virtio_mmio: Sequence[tuple[int, int]] = (),
+) -> bytes:
     """Build RSDP, XSDT, FADT, MADT, DSDT and FACS.
 
     Args:
@@ -57,6 +68,8 @@ def build_tables(*, cpus: int, s5_sleep_type: int, base: int = layout.ACPI_TABLE
         s5_sleep_type: SLP_TYP that the platform's PM1 control register takes for soft-off (0..7).
         base: guest-physical address the blob is for, a multiple of 64 below 4 GiB; the RSDP is at its start.
         i8042: whether there is a keyboard controller that an operating system should probe.
+        pci_devices: how many PCI devices there are, from device number 1 on; their pins are routed.
+        virtio_mmio: register address and GSI of every virtio-mmio device.
 
     Returns:
         The blob: at most layout.ACPI_TABLES_SIZE bytes, whatever `cpus` is.
@@ -73,7 +86,7 @@ def build_tables(*, cpus: int, s5_sleep_type: int, base: int = layout.ACPI_TABLE
         blob.extend(table)
         return base + len(blob) - len(table)
 
-    dsdt = place(_dsdt(s5_sleep_type))
+    dsdt = place(_dsdt(s5_sleep_type, pci_devices, virtio_mmio))
     facs = place(_facs(), 64)
     fadt = place(_fadt(facs, dsdt, i8042=i8042))
     madt = place(_madt(cpus))
@@ -148,8 +161,28 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, body)
 
 
-def _dsdt(s5_sleep_type: int) -> bytes:
-    """Build the AML: PCI root, RTC, COM1, fw_cfg, and how to power off."""
+def _interrupt_routes(pci_devices: int) -> bytes:
+    """Build the _PRT: which GSI the INTA pin of each PCI device leads to (6.2.13)."""
+    routes = []
+    for device in range(1, pci_devices + 1):
+        gsi = layout.PCI_GSIS[device % len(layout.PCI_GSIS)]
+        every_function = aml.integer(device << 16 | 0xFFFF)
+        routes.append(aml.package(every_function, aml.integer(0), aml.integer(0), aml.integer(gsi)))
+    return aml.name("_PRT", aml.package(*routes)) if routes else b""
+
+
+def _virtio_mmio(number: int, base: int, gsi: int) -> bytes:
+    """Build the device object of virtio-mmio device `number`."""
+    return aml.device(
+        f"VR{number:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(number)),
+        aml.name("_CRS", aml.resources(aml.fixed_memory(base, layout.VIRTIO_MMIO_STRIDE), aml.interrupt(gsi))),
+    )
+
+
+def _dsdt(s5_sleep_type: int, pci_devices: int, virtio_mmio: Sequence[tuple[int, int]]) -> bytes:
+    """Build the AML: PCI root, RTC, COM1, fw_cfg, virtio-mmio devices, and how to power off."""
     hid, crs = "_HID", "_CRS"
     pci = aml.device(
         "PCI0",
@@ -161,9 +194,10 @@ def _dsdt(s5_sleep_type: int) -> bytes:
                 aml.io_ports(layout.PCI_CONFIG, 8),
                 aml.word_io(0, layout.PCI_CONFIG - 1),
                 aml.word_io(layout.PCI_CONFIG + 8, 0xFFFF),
-                aml.dword_memory(layout.RAM_LOW_END, layout.IOAPIC - 1),
+                aml.dword_memory(layout.PCI_WINDOW, layout.PCI_WINDOW + layout.PCI_WINDOW_SIZE - 1),
             ),
         ),
+        _interrupt_routes(pci_devices),
     )
     rtc = aml.device(
         "RTC",
@@ -184,4 +218,5 @@ def _dsdt(s5_sleep_type: int) -> bytes:
     )
     sleep_type = aml.integer(s5_sleep_type)
     s5 = aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
-    return _table(b"DSDT", 2, aml.scope("\\_SB", pci, rtc, com1, fw_cfg) + s5)
+    virtio = [_virtio_mmio(number, base, gsi) for number, (base, gsi) in enumerate(virtio_mmio)]
+    return _table(b"DSDT", 2, aml.scope("\\_SB", pci, rtc, com1, fw_cfg, *virtio) + s5)

@@ -10,7 +10,9 @@ __all__ = [
     "device",
     "dword_memory",
     "eisa_id",
+    "fixed_memory",
     "integer",
+    "interrupt",
     "io_ports",
     "irq",
     "name",
@@ -117,3 +119,13 @@ def _word(kind: int, flags: int, first: int, last: int) -> bytes:
 def dword_memory(first: int, last: int) -> bytes:
     """Describe memory below 4 GiB that a bridge passes on: writable, not cacheable (6.4.3.5)."""
     return pack("<BHBBBIIIII", 0x87, 23, 0, _FIXED, 1, 0, first, last, 0, last - first + 1)
+
+
+def fixed_memory(base: int, size: int) -> bytes:
+    """Describe `size` writable bytes at `base` (6.4.3.4)."""
+    return pack("<BHBII", 0x86, 9, 1, base, size)
+
+
+def interrupt(gsi: int) -> bytes:
+    """Describe a rising edge at `gsi` that nobody shares (6.4.3.6)."""
+    return pack("<BHBBI", 0x89, 6, 0x03, 1, gsi)

@@ -32,6 +32,17 @@ examples:
   hv run vmlinux --cpu host,-x2apic --console file=boot.log --timeout 60
   hv run kernel.elf --module "ramdisk.img ro" --debug-exit raw
 
+disks, networks and more (--disk, --net and --port may be repeated; N takes K, M, G):
+  --disk FILE[,readonly][,overlay=memory|QCOW2][,serial=TEXT][,cache=writeback|none|unsafe][,iops=N][,bandwidth=N]
+         [,format=raw|qcow2]   told by the content if left out: name it for a raw image that others write to
+  --net tap=NAME | user[,forward=HOSTPORT:GUESTPORT[/udp]]... | link=NAME | none   [,mac=ADDRESS][,pcap=FILE]
+  --port socket=PATH | file=PATH          the console /dev/hvc0;  --port NAME,socket=PATH  a named port
+  --vsock 3,path=/tmp/vm.vsock            host connects and says "CONNECT PORT"; the guest reaches PATH_PORT
+  --balloon 64,reporting=off              takes 64 MiB at first; free pages are reported unless switched off
+
+  hv run debian --disk root.qcow2 --append "console=ttyS0 root=/dev/vda" --net user,forward=2222:22 --rng
+  hv run debian --disk base.img,overlay=memory --net tap=tap0,pcap=frames.pcap
+
 exit status: 0 power-off, reset or halt; 2 bad usage, configuration or image; 3 the host cannot; 4 the guest died
 (triple fault, kernel panic, KVM internal error); 5 a fault of hv; 124 timeout; 128+N signal N; else the guest's own.
 """
@@ -66,6 +77,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--irqchip", metavar="KIND", help="kernel (default), or none: no interrupts, and HLT ends the run")
     add("--debug-exit", metavar="HOW", help="status of `out 0xf4, v`: qemu (default) gives (v<<1)|1, raw gives v")
     add("--symbols", metavar="FILE", help="System.map or ELF file to name a dead guest's addresses by")
+    add("--disk", dest="disks", action="append", metavar="FILE[,...]", help="raw, qcow2 or block device; see below")
+    add("--net", dest="nets", action="append", metavar="KIND[,...]", help="network: tap=NAME, user, link=NAME or none")
+    add("--rng", nargs="?", const=True, metavar="bandwidth=N", help="an entropy source")
+    add("--port", dest="ports", action="append", metavar="[NAME],WHERE", help="port of a virtio console; see below")
+    add("--vsock", metavar="CID,path=SOCKET", help="a vsock device, its host side on a unix socket")
+    add("--balloon", nargs="?", const=True, metavar="MIB", help="a memory balloon")
+    add("--virtio", metavar="BUS", help="what the guest finds all these by: pci (default) or mmio")
     add("--console", metavar="WHERE", help=f"{KINDS} (default stdio)")
     add("--timeout", type=float, metavar="SECONDS", help="end the guest after this time, with status 124")
     add("--log-level", metavar="LEVEL", help="debug, info, warning (default) or error: events of hv on stderr")

@@ -1,4 +1,4 @@
-"""Builds `hypervisor.kvm._kvm`: <linux/kvm.h> and the run loop, in cffi's API mode.
+"""Builds `hypervisor.kvm._kvm`: <linux/kvm.h>, the run loop and the data paths, in cffi's API mode.
 
 The C compiler reads the system's header, so no structure layout or ioctl number is copied anywhere. The module uses
 CPython's limited API: one build serves every later Python.
@@ -12,12 +12,13 @@ HERE = Path(__file__).resolve().parent
 PACKAGE = Path("hypervisor", "kvm")
 
 ffibuilder = FFI()
-ffibuilder.cdef((HERE / "kvm.cdef").read_text())
+for part in ("kvm.cdef", "dataplane.cdef"):
+    ffibuilder.cdef((HERE / part).read_text())
 ffibuilder.set_source(
     "hypervisor.kvm._kvm",
-    '#include "runloop.h"\n',
-    sources=[str(PACKAGE / "runloop.c")],
-    depends=[str(PACKAGE / "runloop.h"), str(PACKAGE / "kvm.cdef")],
+    '#include "runloop.h"\n#include "dataplane.h"\n',
+    sources=[str(PACKAGE / f"{name}.c") for name in ("runloop", "vring", "diskpath", "tappath")],
+    depends=[str(PACKAGE / name) for name in ("runloop.h", "dataplane.h", "kvm.cdef", "dataplane.cdef")],
     include_dirs=[str(HERE)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-std=gnu11"],
 )

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Final
 from hypervisor.cpuid import Entry
 from hypervisor.errors import HostError, KvmError
 from hypervisor.kvm._kvm import ffi, lib
-from hypervisor.kvm.ioctls import control, control_value
+from hypervisor.kvm.ioctls import control, control_value, refusal
 from hypervisor.kvm.vcpu import Vcpu
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MAX_CPUID_ENTRIES: Final = 256
 MAX_WINDOWS: Final = 256
 MAX_RINGS: Final = lib.HV_RINGS
+IOAPIC_PINS: Final = 24
+PIT_PIN: Final = 2
 
 
 class Kvm:
@@ -126,6 +128,65 @@ class Vm:
     def irq_input(self, gsi: int) -> IrqInput:
         """Return input `gsi` of the in-kernel interrupt controllers."""
         return IrqInput(self._fd, gsi)
+
+    def connect_irqfd(self, event_fd: int, gsi: int, resample_fd: int | None = None) -> None:
+        """Interrupt by GSI `gsi` whenever `event_fd` is written to (KVM_IRQFD); at once if it has been already.
+
+        Args:
+            event_fd: an eventfd.
+            gsi: an edge, or a message (see `set_routes`); a level with `resample_fd`.
+            resample_fd: an eventfd that KVM writes to when it has lowered the level: at the guest's end of interrupt.
+        """
+        request = ffi.new("struct kvm_irqfd *")
+        request.fd, request.gsi = event_fd, gsi
+        if resample_fd is not None:
+            request.flags = lib.KVM_IRQFD_FLAG_RESAMPLE
+            request.resamplefd = resample_fd
+        control(self._fd, lib.KVM_IRQFD, request)
+
+    def disconnect_irqfd(self, event_fd: int, gsi: int) -> None:
+        """Undo `connect_irqfd`; what is written to `event_fd` from now on stays in it."""
+        request = ffi.new("struct kvm_irqfd *")
+        request.fd, request.gsi, request.flags = event_fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN
+        control(self._fd, lib.KVM_IRQFD, request)
+
+    def set_routes(self, messages: Mapping[int, tuple[int, int]]) -> None:
+        """Say what each GSI is: those below 24 lead to the interrupt controllers, the others are messages.
+
+        Args:
+            messages: GSI (24 or more) to MSI address and data.
+
+        ISA IRQ 0, the PIT, is wired to the IOAPIC's pin 2 as PCs have it; pin 0 is nobody's.
+        """
+        routes = []
+        for pin in range(IOAPIC_PINS):
+            if pin < 16:
+                chip = lib.KVM_IRQCHIP_PIC_SLAVE if pin >= 8 else lib.KVM_IRQCHIP_PIC_MASTER
+                routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, chip, pin % 8, 0, 0))
+            if pin != PIT_PIN:
+                routes.append((pin, lib.KVM_IRQ_ROUTING_IRQCHIP, lib.KVM_IRQCHIP_IOAPIC, pin or PIT_PIN, 0, 0))
+        for gsi, (address, data) in messages.items():
+            routes.append((gsi, lib.KVM_IRQ_ROUTING_MSI, 0, 0, address, data))
+        result = lib.hv_set_routes(self._fd, ffi.new("struct hv_route[]", routes), len(routes))
+        if result < 0:
+            raise refusal(lib.KVM_SET_GSI_ROUTING, -result)
+
+    def connect_doorbell(self, event_fd: int, address: int, *, value: int | None = None, connect: bool = True) -> None:
+        """Write to `event_fd` instead of leaving the guest when it writes to guest-physical `address` (KVM_IOEVENTFD).
+
+        Args:
+            event_fd: an eventfd.
+            address: of the doorbell.
+            value: only 4-byte writes of this value; None takes writes of every value and size.
+            connect: False undoes it.
+        """
+        request = ffi.new("struct kvm_ioeventfd *")
+        request.addr, request.fd = address, event_fd
+        if value is not None:
+            request.len, request.datamatch, request.flags = 4, value, lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if not connect:
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        control(self._fd, lib.KVM_IOEVENTFD, request)
 
     # --- vCPUs ----------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,31 @@ int hv_ioctl_value(int fd, unsigned long request, unsigned long value)
     return result < 0 ? -errno : result;
 }
 
+/* Replace the VM's whole table of interrupt routes: the kernel's structure has a union that cffi cannot express. */
+int hv_set_routes(int vm, const struct hv_route *routes, uint32_t count)
+{
+    struct kvm_irq_routing *table = calloc(1, sizeof *table + count * sizeof table->entries[0]);
+    if (!table)
+        return -ENOMEM;
+    table->nr = count;
+    for (uint32_t i = 0; i < count; i++) {
+        struct kvm_irq_routing_entry *entry = &table->entries[i];
+        entry->gsi = routes[i].gsi;
+        entry->type = routes[i].kind;
+        if (routes[i].kind == KVM_IRQ_ROUTING_MSI) {
+            entry->u.msi.address_lo = (uint32_t)routes[i].address;
+            entry->u.msi.address_hi = (uint32_t)(routes[i].address >> 32);
+            entry->u.msi.data = routes[i].data;
+        } else {
+            entry->u.irqchip.irqchip = routes[i].chip;
+            entry->u.irqchip.pin = routes[i].pin;
+        }
+    }
+    int result = hv_ioctl(vm, KVM_SET_GSI_ROUTING, table);
+    free(table);
+    return result;
+}
+
 /* --- rings ------------------------------------------------------------------------------------------------------ */
 
 struct hv_ring {

@@ -63,6 +63,14 @@ struct hv_vcpu {
     _Atomic int tid;
 };
 
+/* An entry of the table of interrupt routes: kind KVM_IRQ_ROUTING_IRQCHIP takes chip and pin, _MSI address and data. */
+struct hv_route {
+    uint32_t gsi, kind, chip, pin;
+    uint64_t address;
+    uint32_t data;
+};
+
+int hv_set_routes(int vm, const struct hv_route *routes, uint32_t count);
 int hv_ioctl(int fd, unsigned long request, void *argument);
 int hv_ioctl_value(int fd, unsigned long request, unsigned long value);
 struct hv_ring *hv_ring_new(uint32_t capacity, int event_fd);

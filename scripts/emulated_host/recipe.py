@@ -16,8 +16,12 @@ from emulated_host.errors import HostCannotError
 VERSION: Final = 1
 """Raise this when the way an image is built changes, so that old ones are no longer taken."""
 
-PACKAGES: Final = ("python3", "busybox-static", "kmod", "ncurses-base", "libstdc++6")
-"""Brought with whatever they depend on. kmod loads compressed modules too; the last is what wheels may link to."""
+PACKAGES: Final = (
+    *("python3", "busybox-static", "kmod", "ncurses-base", "libstdc++6"),
+    *("e2fsprogs", "fio", "iperf3", "iproute2", "passt", "qemu-utils", "rng-tools5"),
+)
+"""Brought with whatever they depend on. kmod loads compressed modules too, wheels may link to libstdc++. The second row
+is what the tests of disks and networks use, in the emulated host and, from the same disk, in its guests."""
 
 KERNELS: Final = ("linux-image-cloud-amd64", "linux-image-virtual")
 """Kernel packages, the first that the distribution has is taken: Debian's, Ubuntu's."""

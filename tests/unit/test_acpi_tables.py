@@ -246,7 +246,7 @@ def test_dsdt_describes_the_machine(tables, tmp_path):
     assert "IO(Decode16,0x0CF8,0x0CF8,0x01,0x08,)" in text
     assert "EntireRange,0x0000,0x0000,0x0CF7,0x0000,0x0CF8" in text
     assert "EntireRange,0x0000,0x0D00,0xFFFF,0x0000,0xF300" in text
-    assert "NonCacheable,ReadWrite,0x00000000,0xC0000000,0xFEBFFFFF,0x00000000,0x3EC00000" in text
+    assert "NonCacheable,ReadWrite,0x00000000,0xE0000000,0xEFFFFFFF,0x00000000,0x10000000" in text
     assert 'Device(RTC){Name(_HID,EisaId("PNP0B00"))' in text
     assert "IO(Decode16,0x0070,0x0070,0x01,0x02,)IRQNoFlags(){8}" in text
     assert 'Device(COM1){Name(_HID,EisaId("PNP0501"))' in text
@@ -254,6 +254,19 @@ def test_dsdt_describes_the_machine(tables, tmp_path):
     assert 'Device(FWCF){Name(_HID,"QEMU0002")Name(_STA,0x0B)' in text
     assert "IO(Decode16,0x0510,0x0510,0x01,0x02,)" in text
     assert r"Name(\_S5,Package(0x04){0x05,0x05,Zero,Zero})" in text
+
+
+def test_dsdt_routes_the_pins_of_pci_devices_and_has_virtio_mmio_devices(tmp_path):
+    """_PRT (6.2.13): any function of device N, INTA, no link device, a GSI from 16 on; LNRO0005 is virtio-mmio's."""
+    blob = build_tables(cpus=1, s5_sleep_type=5, pci_devices=2, virtio_mmio=[(0xFEB00000, 5), (0xFEB00200, 6)])
+    start = blob.index(b"DSDT")
+    dsdt = blob[start : start + int.from_bytes(blob[start + 4 : start + 8], "little")]
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", recompile(dsdt, tmp_path)[0], flags=re.DOTALL)
+    text = re.sub(r"\s+", "", text)
+    assert "Package(0x04){0x0001FFFF,Zero,Zero,0x11},Package(0x04){0x0002FFFF,Zero,Zero,0x12}" in text
+    assert 'Device(VR00){Name(_HID,"LNRO0005")Name(_UID,Zero)' in text
+    assert "Memory32Fixed(ReadWrite,0xFEB00200,0x00000200,)" in text
+    assert "Interrupt(ResourceConsumer,Edge,ActiveHigh,Exclusive,,,){0x00000006,}" in text
 
 
 def test_dsdt_stays_small(tables):

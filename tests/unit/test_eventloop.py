@@ -1,6 +1,7 @@
 """Files and timers of the one waiting thread."""
 
 import os
+import socket
 import threading
 import time
 
@@ -84,3 +85,41 @@ def test_a_callback_that_fails_ends_the_loop_loudly(loop, faults):
     while not faults and time.monotonic() < deadline:
         time.sleep(0.001)
     assert [str(fault) for fault in faults] == ["broken"]
+
+
+def test_a_file_is_watched_for_reading_and_writing_at_once(loop):
+    """Each has its callback; taking one away leaves the other."""
+    ours, theirs = socket.socketpair()
+    read, wrote = threading.Event(), threading.Event()
+    try:
+        loop.watch(ours.fileno(), read.set)
+        loop.watch_writable(ours.fileno(), lambda: (wrote.set(), loop.unwatch_writable(ours.fileno())))
+        assert wrote.wait(10)
+        assert not read.is_set()
+        theirs.send(b"x")
+        assert read.wait(10)
+        loop.unwatch(ours.fileno())
+        loop.unwatch(ours.fileno())
+        loop.unwatch_writable(ours.fileno())
+    finally:
+        ours.close()
+        theirs.close()
+
+
+def test_a_peer_that_is_gone_is_told_to_whoever_waits(loop):
+    ours, theirs = socket.socketpair()
+    fill_a_socket(ours)
+    told = threading.Event()
+    loop.watch_writable(ours.fileno(), lambda: (told.set(), loop.unwatch_writable(ours.fileno())))
+    theirs.close()
+    assert told.wait(10)
+    ours.close()
+
+
+def fill_a_socket(end):
+    end.setblocking(False)
+    try:
+        while end.send(bytes(1 << 16)):
+            pass
+    except BlockingIOError:
+        pass

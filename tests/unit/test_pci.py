@@ -129,7 +129,7 @@ def test_config_data_reaches_the_bytes_addressed(value, lane, data):
     ports = PciConfigPorts(on_reset=Resets())
     target = FakeFunction()
     if (device, function) != (0, 0):
-        ports.add(device, function, target)
+        ports.bus.add(device, function, target)
     ports.write(ADDRESS, 4, value)
     ports.write(DATA + first, size, data)
     read = ports.read(DATA + first, size) & (1 << 8 * size) - 1
@@ -154,8 +154,8 @@ def test_smaller_accesses_do_not_touch_config_address(ports, resets, offset, siz
 
 def test_added_functions_answer(ports):
     first, second = FakeFunction(), FakeFunction()
-    ports.add(3, 0, first)
-    ports.add(3, 7, second)
+    ports.bus.add(3, 0, first)
+    ports.bus.add(3, 7, second)
     second.space[0:2] = b"\xf4\x1a"
     assert config_read(ports, (0, 3, 0), 0x10, 4) == 0x1312_1110
     assert config_read(ports, (0, 3, 7), 0, 2) == 0x1AF4
@@ -164,7 +164,7 @@ def test_added_functions_answer(ports):
 @pytest.mark.parametrize("place", [(0, 0), (32, 0), (-1, 0), (1, 8), (1, -1)])
 def test_a_place_is_given_once_and_must_exist(ports, place):
     with pytest.raises(ValueError, match="no place"):
-        ports.add(*place, FakeFunction())
+        ports.bus.add(*place, FakeFunction())
 
 
 # --- reset control (ICH10 13.7.5) ------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Who serves a virtio device's queues: the event loop, or threads of the device's own (`devices.virtio.device.Runner`).
+
+A kick is a write to the queue's eventfd, by KVM (a doorbell) or by `kick`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from devices.virtio.device import VirtioDevice
+    from hypervisor.eventloop import EventLoop
+
+__all__ = ["DataPath", "LoopRunner", "ThreadRunner"]
+
+
+class DataPath(Protocol):
+    """A queue's hot loop outside the GIL: see `hypervisor.kvm.dataplane`."""
+
+    def run(self) -> int:
+        """Serve until a queue needs its device model, whose index is returned; -1 after `stop`."""
+
+    def stop(self) -> None:
+        """Make `run` return soon, now or when it is called next."""
+
+    def close(self) -> None:
+        """Give back what it has; nobody is in `run`."""
+
+
+class Doorbells:
+    """The eventfds that a device's queues are kicked by."""
+
+    def __init__(self, device: VirtioDevice) -> None:
+        """Make one for each queue of `device`."""
+        self.device = device
+        self.kick_fds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in device.queues]
+
+    def kick(self, index: int) -> None:
+        """Serve queue `index` soon."""
+        os.eventfd_write(self.kick_fds[index], 1)
+
+    def close(self) -> None:
+        """Close the eventfds; nothing is being served."""
+        for fd in self.kick_fds:
+            os.close(fd)
+        self.kick_fds.clear()
+
+
+class LoopRunner(Doorbells):
+    """Serves in the event loop's thread with the device's lock held: for devices that never block.
+
+    `start` and `stop` are called with the lock held, so nothing is being served while they run.
+    """
+
+    def __init__(self, device: VirtioDevice, loop: EventLoop, lock: threading.Lock) -> None:
+        """Serve `device` in `loop`."""
+        super().__init__(device)
+        self._loop = loop
+        self._lock = lock
+        self._running = False
+
+    def start(self) -> None:
+        """Serve every queue once, and then whenever it is kicked."""
+        self._running = True
+        for index, fd in enumerate(self.kick_fds):
+            self._loop.watch(fd, lambda index=index: self._on_kick(index))  # type: ignore[misc]
+            self.kick(index)
+
+    def stop(self) -> None:
+        """Serve no more."""
+        if self._running:
+            self._running = False
+            for fd in self.kick_fds:
+                self._loop.unwatch(fd)
+
+    def _on_kick(self, index: int) -> None:
+        with self._lock:
+            if not self._running:
+                return
+            os.eventfd_read(self.kick_fds[index])
+            self.device.serve(index)
+
+
+class ThreadRunner(Doorbells):
+    """Serves each group of queues in a thread of its own: for disks, whose files block, and for fast data paths.
+
+    The threads live from `start` to `stop`: they are few, and a driver starts a device once.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        make_path: Callable[[VirtioDevice, Sequence[int], Sequence[int]], DataPath | None],
+        groups: Sequence[Sequence[int]],
+        on_fault: Callable[[BaseException], None],
+    ) -> None:
+        """Serve `device`.
+
+        Args:
+            device: what to serve.
+            make_path: given the device, queue numbers and their eventfds, makes their data path if there is one.
+            groups: the queue numbers that share a thread; without a data path each must be alone.
+            on_fault: takes an exception that ended a thread.
+        """
+        super().__init__(device)
+        self._make_path = make_path
+        self._groups = groups
+        self._on_fault = on_fault
+        self._stopping = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._paths: list[DataPath] = []
+
+    def start(self) -> None:
+        """Start a thread for every group whose queues are enabled."""
+        self._stopping.clear()
+        for group in self._groups:
+            if not all(self.device.queues[index].is_enabled for index in group):
+                continue
+            path = self._make_path(self.device, group, [self.kick_fds[index] for index in group])
+            if path is not None:
+                self._paths.append(path)
+            for index in group:
+                self.kick(index)
+            name = f"hv-{self.device.name}-{group[0]}"
+            thread = threading.Thread(target=self._main, args=(group[0], path), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """End the threads; returns when what is in flight is done."""
+        self._stopping.set()
+        for path in self._paths:
+            path.stop()
+        for index in range(len(self.kick_fds)):
+            self.kick(index)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        for path in self._paths:
+            path.close()
+        self._paths.clear()
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep on behalf of the device; return False as soon as it is being stopped."""
+        return not self._stopping.wait(seconds)
+
+    def _main(self, index: int, path: DataPath | None) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            while not self._stopping.is_set():
+                if path is None or not self.device.is_active:
+                    os.eventfd_read(self.kick_fds[index])
+                    self.device.serve(index)
+                elif (wanted := path.run()) >= 0:
+                    self.device.serve(wanted, most=1)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the run ends with it
+            self._on_fault(error)
