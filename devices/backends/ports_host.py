@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 from typing import TYPE_CHECKING, Final, Protocol
 
 from devices.backends.errors import BackendError
@@ -61,7 +62,9 @@ def listen(path: str) -> socket.socket:
 
 
 def _is_stale(path: str) -> bool:
-    """Whether a socket is at `path` that nobody listens to."""
+    """Whether a socket is at `path` that nobody listens to; a file of another kind is somebody's."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         probe.connect(path)

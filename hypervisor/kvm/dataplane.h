@@ -33,6 +33,7 @@ struct hv_path {
     uint32_t ranges;
     int32_t fd, stop_fd;
     uint32_t readonly, header_size, mergeable; /* readonly of a disk, the others of a TAP */
+    uint32_t gone;                             /* the TAP has vanished, and the model was told */
     uint64_t sectors;
     struct hv_queue queue[2]; /* a disk's, or receive and transmit */
     uint64_t requests, bytes, drops;

@@ -97,9 +97,9 @@ static void deliver(struct hv_path *path, struct window *window, uint64_t size)
     path->bytes += size - path->header_size;
 }
 
-/* Receive a batch. Returns -1 when a buffer is for the device model, 1 when there are too few of them, else 0; `gone` is
- * set when the TAP is. */
-static int receive(struct hv_path *path, struct window *window, struct hv_chain *chain, int *gone, int *drained)
+/* Receive a batch. Returns -1 when the device model is to look at it (an odd buffer; the TAP is gone), 1 when there are
+ * too few buffers, else 0. */
+static int receive(struct hv_path *path, struct window *window, struct hv_chain *chain, int *drained)
 {
     static __thread char beyond[LONGEST];
     for (uint32_t turn = 0; turn < BATCH; turn++) {
@@ -112,10 +112,13 @@ static int receive(struct hv_path *path, struct window *window, struct hv_chain 
         ssize_t got = readv(path->fd, window->piece + window->at, (int)pieces + 1);
         if (got < 0 && errno == EINTR)
             continue;
-        if (got < 0) {
+        if (got < 0 && errno == EAGAIN) {
             *drained = 1;
-            *gone = errno != EAGAIN;
             return 0;
+        }
+        if (got <= 0) {
+            path->gone = 1;
+            return -1;
         }
         if ((uint64_t)got < path->header_size || (uint64_t)got > window->room)
             path->drops++;
@@ -173,7 +176,6 @@ int hv_tap_run(struct hv_path *path)
     };
     struct hv_chain chain;
     struct window window;
-    int gone = 0;
     forget(&window);
     for (;;) {
         if (poll(wait, 1, 0) > 0)
@@ -184,9 +186,9 @@ int hv_tap_run(struct hv_path *path)
         hv_queue_notify(tx);
         if (sent < 0)
             return (int)tx->index;
-        int drained = gone, starving = 0;
-        if (!gone) {
-            starving = receive(path, &window, &chain, &gone, &drained);
+        int drained = (int)path->gone, starving = 0;
+        if (!path->gone) {
+            starving = receive(path, &window, &chain, &drained);
             hv_queue_notify(rx);
             if (starving < 0)
                 return (int)rx->index;
@@ -197,11 +199,9 @@ int hv_tap_run(struct hv_path *path)
             continue;
         if (starving && hv_queue_expect_kicks(rx, window.chains - window.first))
             continue;
-        wait[3].fd = gone || starving ? -1 : path->fd;
+        wait[3].fd = path->gone || starving ? -1 : path->fd;
         poll(wait, 4, -1);
         take_kicks(&wait[1]);
         take_kicks(&wait[2]);
-        if (wait[3].fd >= 0 && (wait[3].revents & (POLLERR | POLLHUP | POLLNVAL)) && !(wait[3].revents & POLLIN))
-            gone = 1;
     }
 }

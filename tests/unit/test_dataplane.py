@@ -1,0 +1,408 @@
+"""The data paths in C, beside the queue and the models in Python: the same rings, the same answers."""
+
+import ctypes
+import mmap
+import os
+import socket
+import threading
+from struct import pack, unpack_from
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_virtqueue import BAD
+from virtio_driver import F_EVENT_IDX, F_INDIRECT, LOW, Driver, FakeRam, FakeSignal
+
+from devices.backends.raw import RawImage
+from devices.events import EventLog
+from devices.ports import DiskShortCut, GuestFault, TapShortCut
+from devices.virtio.block import Block
+from devices.virtio.net import Net
+from hypervisor.kvm.dataplane import STOPPED, DiskPath, TapPath
+
+SECTOR, SECTORS = 512, 64
+IN, OUT, FLUSH = 0, 1, 4
+
+
+class Ram(FakeRam):
+    """The low range only, in one mapping that C can use."""
+
+    def __init__(self):
+        self.map = mmap.mmap(-1, LOW)
+        self.low = self.map
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.ranges = [(0, LOW, self.address)]
+
+    def view(self, gpa, size):
+        if size >= 0 and 0 <= gpa and gpa + size <= LOW:
+            return memoryview(self.map)[gpa : gpa + size]
+        raise GuestFault(gpa, size)
+
+
+class Signal(FakeSignal):
+    """Counts through an eventfd, as C fires it."""
+
+    def __init__(self):
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def fileno(self):
+        return self.fd
+
+    def fire(self):
+        os.eventfd_write(self.fd, 1)
+
+    @property
+    def count(self):
+        try:
+            return os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return 0
+
+
+class ByHand:
+    """A runner that serves nothing by itself."""
+
+    def start(self):
+        pass
+
+    def stop(self):
+        pass
+
+    def kick(self, index):
+        pass
+
+
+def driver_of(device, ram, features):
+    """A driver whose kicks nobody answers but the test."""
+    driver = Driver(device, ram, features=features, start=False)
+    driver.runner = ByHand()
+    driver.transport._runner = driver.runner
+    device.runner = driver.runner
+    driver.start()
+    driver.signals = [Signal() for _ in device.queues]
+    for queue, signal in zip(device.queues, driver.signals, strict=True):
+        queue.signal = signal
+    return driver
+
+
+class Disk:
+    """A disk over a file, its driver, and its path."""
+
+    def __init__(self, folder, *, features=F_EVENT_IDX | F_INDIRECT | 1 << 9):
+        self.file = folder / "disk"
+        self.file.write_bytes(b"".join(bytes([number]) * SECTOR for number in range(SECTORS)))
+        self.ram = Ram()
+        self.image = RawImage(str(self.file))
+        device = Block("blk0", self.ram, self.image, log=EventLog())
+        self.driver = driver_of(device, self.ram, features)
+        self.kick_fd = os.eventfd(0)
+        self.path = DiskPath(self.ram.ranges, device.queues[0], device.short_cut(), self.kick_fd)
+
+    def run(self):
+        """Let the path do all that is there now; return what it wants done in Python."""
+        timer = threading.Timer(0.05, self.path.stop)
+        timer.start()
+        wanted = self.path.run()
+        timer.cancel()
+        timer.join()
+        return wanted
+
+    def request(self, kind, sector, data=b"", room=0, **how):
+        return self.driver.send(0, pack("<IIQ", kind, 0, sector) + data, room + 1, **how)
+
+    def close(self):
+        self.path.close()
+        self.image.close()
+        os.close(self.kick_fd)
+        os.close(self.driver.signals[0].fd)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = Disk(tmp_path)
+    yield disk
+    disk.close()
+
+
+def in_shape(kind, data, room):
+    """Descriptors in the common shape: header, data, status."""
+    return (16,) if kind == OUT else (room,)
+
+
+def test_reads_and_writes_of_the_common_shape(disk):
+    ours = disk.driver.queues[0]
+    head, target = disk.request(IN, 3, room=1024, cuts=(1024,))
+    assert disk.run() == STOPPED
+    assert ours.collect() == [(head, 1025)]
+    assert disk.ram.read(target, 1025) == bytes([3]) * SECTOR + bytes([4]) * SECTOR + b"\0"
+    assert disk.path.requests == 1
+    assert disk.path.bytes == 1024
+    assert disk.driver.signals[0].count == 1
+
+
+def test_a_write_reaches_the_file(disk):
+    head, target = disk.request(OUT, 5, b"w" * SECTOR, cuts=(16,))
+    disk.ram.write(target, b"\xff")
+    disk.run()
+    assert disk.driver.queues[0].collect() == [(head, 1)]
+    assert disk.ram.read(target, 1) == b"\0"
+    assert disk.file.read_bytes()[5 * SECTOR : 6 * SECTOR] == b"w" * SECTOR
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "data", "room"),
+    [
+        (FLUSH, 0, b"", 0),
+        (99, 0, b"", 0),
+        (IN, SECTORS, b"", SECTOR),
+        (IN, SECTORS - 1, b"", 2 * SECTOR),
+        (IN, (1 << 64) - 1, b"", SECTOR),
+        (IN, 0, b"", 100),
+        (IN, 0, b"", 0),
+        (OUT, 0, b"", 0),
+        (OUT, 0, b"x" * 100, 0),
+        (OUT, SECTORS, b"x" * SECTOR, 0),
+        (OUT, 0, b"x" * SECTOR, 7),
+    ],
+)
+def test_everything_else_is_left_untouched_for_the_model(disk, kind, sector, data, room):
+    before = disk.file.read_bytes()
+    disk.request(kind, sector, data, room, cuts=in_shape(kind, data, room) if room or data else ())
+    assert disk.path.run() == 0
+    assert disk.driver.queues[0].collect() == []
+    assert disk.file.read_bytes() == before
+    disk.driver.device.serve(0, most=1)
+    assert len(disk.driver.queues[0].collect()) == 1
+    assert disk.run() == STOPPED  # and the path goes on behind it
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_chain_is_left_for_the_model_to_judge(disk, name):
+    disk.driver.queues[0].offer(BAD[name](disk.driver))
+    disk.driver.queues[0].publish()
+    assert disk.path.run() == 0
+    disk.driver.device.serve(0, most=1)
+    assert disk.driver.device.is_broken
+
+
+def test_an_index_too_far_ahead(disk):
+    disk.driver.queues[0].publish(idx=100)
+    assert disk.path.run() == 0
+
+
+def test_a_file_that_was_cut_short_is_the_models_problem(disk):
+    disk.file.write_bytes(bytes(SECTOR))
+    _, target = disk.request(IN, 3, room=SECTOR, cuts=(SECTOR,))
+    assert disk.path.run() == 0
+    disk.driver.device.serve(0, most=1)
+    assert disk.ram.read(target + SECTOR, 1) == b"\1"
+
+
+def test_stop_ends_a_wait_and_stays(disk):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(disk.path.run()))
+    thread.start()
+    disk.path.stop()
+    thread.join(10)
+    assert results == [STOPPED]
+    assert disk.path.run() == STOPPED
+
+
+def test_a_kick_ends_a_sleep(disk):
+    thread = threading.Thread(target=disk.path.run)
+    thread.start()
+    head, _ = disk.request(IN, 0, room=SECTOR, cuts=(SECTOR,))
+    os.eventfd_write(disk.kick_fd, 1)
+    for _ in range(1000):
+        if disk.driver.signals[0].count:
+            break
+        threading.Event().wait(0.005)
+    disk.path.stop()
+    thread.join(10)
+    assert disk.driver.queues[0].collect() == [(head, SECTOR + 1)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_path_and_the_model_answer_alike(tmp_path_factory, data):
+    """Requests of any kind, cut anywhere, direct or indirect: the used ring, the answers and the file are the same."""
+    features = data.draw(st.sampled_from([0, F_EVENT_IDX, F_INDIRECT, F_EVENT_IDX | F_INDIRECT])) | 1 << 9
+    disks = [Disk(tmp_path_factory.mktemp("d"), features=features) for _ in range(2)]
+    try:
+        for _ in range(data.draw(st.integers(1, 12))):
+            kind = data.draw(st.sampled_from([IN, IN, OUT, OUT, FLUSH, 99]))
+            sector = data.draw(st.sampled_from([0, 1, 30, SECTORS - 1, SECTORS]))
+            count = data.draw(st.integers(0, 3)) * SECTOR
+            payload = bytes([data.draw(st.integers(0, 255))]) * count if kind == OUT else b""
+            room = count if kind == IN else 0
+            cuts = data.draw(st.sampled_from([(), in_shape(kind, payload, room), (7,), (16, 512), (512, 512)]))
+            indirect = bool(features & F_INDIRECT) and data.draw(st.booleans())
+            answers = []
+            for number, disk in enumerate(disks):
+                ours = disk.driver.queues[0]
+                if data.draw(st.just(False)) or len(ours.free) < 8:
+                    ours.free = ours.free or list(range(ours.size))
+                ours.want_interrupt()
+                _, target = disk.request(kind, sector, payload, room, cuts=cuts, indirect=indirect)
+                if number:
+                    disk.driver.device.serve(0)
+                else:
+                    disk.path.stop()
+                    os.eventfd_read(disk.path._stop_fd)
+                    while run_once(disk) == 0:
+                        disk.driver.device.serve(0, most=1)
+                answers.append((ours.collect(), disk.ram.read(target, room + 1), bool(disk.driver.signals[0].count)))
+            assert answers[0] == answers[1]
+        assert disks[0].file.read_bytes() == disks[1].file.read_bytes()
+    finally:
+        for disk in disks:
+            disk.close()
+
+
+def run_once(disk):
+    """Run the path until it would sleep."""
+    wanted = []
+    thread = threading.Thread(target=lambda: wanted.append(disk.path.run()))
+    thread.start()
+    thread.join(0.02)
+    if thread.is_alive():
+        disk.path.stop()
+        thread.join()
+        os.eventfd_read(disk.path._stop_fd)
+    return wanted[0]
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------------
+
+RX, TX = 0, 1
+HEADER = 12
+
+
+class Tap:
+    """One end of a socket pair in the place of a TAP."""
+
+    header_size, offered = HEADER, 0
+
+    def __init__(self):
+        self.theirs, self.ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.theirs.setblocking(False)
+        self.plain_fd = self.theirs.fileno()
+
+    def set_offloads(self, features):
+        pass
+
+
+class Interface:
+    def __init__(self, features=1 << 15 | F_EVENT_IDX):
+        self.ram = Ram()
+        self.tap = Tap()
+        device = Net("net0", self.ram, self.tap, mac=bytes(6), log=EventLog())
+        self.driver = driver_of(device, self.ram, features)
+        self.kicks = [os.eventfd(0), os.eventfd(0)]
+        self.path = TapPath(self.ram.ranges, *device.queues, device.short_cut(), *self.kicks)
+        self.results = []
+        self.thread = threading.Thread(target=lambda: self.results.append(self.path.run()))
+
+    def give(self, size):
+        head, target = self.driver.send(RX, b"", size)
+        os.eventfd_write(self.kicks[RX], 1)
+        return head, target
+
+    def wait(self, queue, count):
+        done = []
+        for _ in range(2000):
+            done += self.driver.queues[queue].collect()
+            if len(done) >= count:
+                return done
+            threading.Event().wait(0.005)
+        raise AssertionError(f"{len(done)} of {count} came")
+
+    def close(self):
+        self.path.stop()
+        if self.thread.ident:
+            self.thread.join(10)
+        self.path.close()
+        self.tap.ours.close()
+        self.tap.theirs.close()
+        for fd in (*self.kicks, *(signal.fd for signal in self.driver.signals)):
+            os.close(fd)
+
+
+@pytest.fixture
+def interface():
+    interface = Interface()
+    yield interface
+    interface.close()
+
+
+def test_frames_go_out_with_their_header(interface):
+    interface.thread.start()
+    for number in range(40):
+        interface.driver.send(TX, bytes(HEADER) + bytes([number]) * 60, 0, cuts=(12,))
+        os.eventfd_write(interface.kicks[TX], 1)
+        assert interface.tap.ours.recv(2000) == bytes(HEADER) + bytes([number]) * 60
+        interface.wait(TX, 1)
+    assert interface.path.requests == 40
+
+
+def test_frames_come_in_whole_and_in_order(interface):
+    """More frames than there are buffers at a time: the others stay in the TAP."""
+    interface.thread.start()
+    for number in range(6):
+        interface.tap.ours.send(bytes(HEADER) + bytes([number]) * 100)
+    for number in range(6):
+        _, target = interface.give(2000)
+        assert interface.wait(RX, 1)[0][1] == HEADER + 100
+        assert interface.ram.read(target + 10, 2 + 100) == b"\1\0" + bytes([number]) * 100
+
+
+def test_a_frame_over_several_buffers(interface):
+    given = [interface.give(1000) for _ in range(5)]
+    interface.thread.start()
+    frame = os.urandom(2500)
+    interface.tap.ours.send(bytes(HEADER) + frame)
+    done = interface.wait(RX, 3)
+    assert [written for _, written in done] == [1000, 1000, 512]
+    data = b"".join(interface.ram.read(target, written) for (_, target), (_, written) in zip(given, done, strict=False))
+    assert unpack_from("<H", data, 10)[0] == 3
+    assert data[HEADER:] == frame
+    interface.give(1000)
+    interface.tap.ours.send(bytes(HEADER) + b"x" * 60)  # the rest was not touched
+    assert interface.wait(RX, 1)[0] == (given[3][0], HEADER + 60)
+
+
+def test_a_frame_that_does_not_fit_is_dropped_whole(interface):
+    interface.give(1600)
+    interface.thread.start()
+    interface.tap.ours.send(bytes(HEADER) + bytes(5000))
+    interface.tap.ours.send(bytes(HEADER) + b"y" * 60)
+    assert interface.wait(RX, 1)[0][1] == HEADER + 60
+    assert interface.path.drops == 1
+
+
+def test_what_is_odd_is_left_for_the_model(interface):
+    interface.driver.send(TX, b"short", 0)
+    assert interface.path.run() == TX
+    interface.driver.device.serve(TX, most=1)
+    assert interface.driver.device.is_broken
+
+
+def test_a_tap_that_vanishes_is_told_once_and_leaves_the_path_idle(interface):
+    interface.give(2000)
+    interface.tap.ours.close()
+    assert interface.path.run() == RX
+    interface.thread.start()
+    threading.Event().wait(0.1)
+    before = os.times()
+    threading.Event().wait(0.2)
+    after = os.times()
+    assert after.user + after.system - before.user - before.system < 0.15
+    interface.driver.send(TX, bytes(HEADER) + b"x", 0)
+    os.eventfd_write(interface.kicks[TX], 1)
+    interface.wait(TX, 1)
+    assert interface.path.drops >= 1
+
+
+def test_short_cuts_say_what_a_path_needs(interface):
+    assert interface.driver.device.short_cut() == TapShortCut(interface.tap.plain_fd, HEADER, mergeable=True)
+    assert DiskShortCut._fields == ("fd", "sectors", "readonly")
