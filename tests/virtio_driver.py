@@ -22,9 +22,9 @@ class FakeRam:
         self.low, self.high = bytearray(LOW), bytearray(HIGH)
 
     def view(self, gpa, size):
-        if size >= 0 and 0 <= gpa and gpa + size <= LOW:
+        if size >= 0 and gpa >= 0 and gpa + size <= LOW:
             return memoryview(self.low)[gpa : gpa + size]
-        if size >= 0 and HIGH_BASE <= gpa and gpa + size <= HIGH_BASE + HIGH:
+        if size >= 0 and gpa >= HIGH_BASE and gpa + size <= HIGH_BASE + HIGH:
             return memoryview(self.high)[gpa - HIGH_BASE : gpa - HIGH_BASE + size]
         raise GuestFault(gpa, size)
 
@@ -103,7 +103,7 @@ class DriverQueue:
 
     # --- descriptors --------------------------------------------------------------------------------------------------
 
-    def write_descriptor(self, index, gpa, length, flags=0, following=0, table=None):
+    def write_descriptor(self, index, gpa, length, flags=0, following=0, *, table=None):
         self.ram.write(
             (self.table if table is None else table) + 16 * index, pack("<QIHH", gpa, length, flags, following)
         )
@@ -138,7 +138,7 @@ class DriverQueue:
             return (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF
         return not unpack_from("<H", self.ram.read(self.used, 2))[0] & 1
 
-    def want_interrupt(self, wanted=True, *, at=None):
+    def want_interrupt(self, *, wanted=True, at=None):
         """Ask to be told of the next used buffer, or of none (2.7.7.1)."""
         if self.features & F_EVENT_IDX:
             event = (self.seen if wanted else self.seen - 1) if at is None else at

@@ -34,7 +34,7 @@ class Ram(FakeRam):
         self.ranges = [(0, LOW, self.address)]
 
     def view(self, gpa, size):
-        if size >= 0 and 0 <= gpa and gpa + size <= LOW:
+        if size >= 0 and gpa >= 0 and gpa + size <= LOW:
             return memoryview(self.map)[gpa : gpa + size]
         raise GuestFault(gpa, size)
 
@@ -272,7 +272,7 @@ def run_once(disk):
     return wanted[0]
 
 
-# --- frames ---------------------------------------------------------------------------------------------------------------
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 RX, TX = 0, 1
 HEADER = 12

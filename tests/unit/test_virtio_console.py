@@ -149,7 +149,7 @@ def test_a_control_message_that_is_too_short(driver, data):
     assert driver.transport.status & NEEDS_RESET
 
 
-# --- the host's ends ------------------------------------------------------------------------------------------------------
+# --- the host's ends --------------------------------------------------------------------------------------------------
 
 
 class Loop:

@@ -83,7 +83,7 @@ def test_2_7_7_2_flags_suppress_interrupts(ram):
     driver.ask(0, b"a", 1)
     assert signal.count == 1
     assert driver.transport.take_isr() == 1
-    ours.want_interrupt(False)
+    ours.want_interrupt(wanted=False)
     driver.ask(0, b"a", 1)
     assert signal.count == 1
     ours.want_interrupt()
@@ -149,7 +149,7 @@ def test_zero_length_descriptors_are_skipped(driver):
     assert ours.collect() == [(head, 1)]
 
 
-# --- malformed ----------------------------------------------------------------------------------------------------------
+# --- malformed --------------------------------------------------------------------------------------------------------
 
 
 def one(*pieces):
@@ -291,7 +291,7 @@ def test_one_kick_is_bounded_work(ram):
     assert kicks == [0]
 
 
-# --- any legal driver -----------------------------------------------------------------------------------------------------
+# --- any legal driver -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -305,7 +305,7 @@ def test_any_legal_driver_gets_every_chain_answered_once_and_in_order(data):
     expected = []
     for _ in range(data.draw(st.integers(1, 30))):
         if data.draw(st.booleans()):
-            ours.want_interrupt(data.draw(st.booleans()))
+            ours.want_interrupt(wanted=data.draw(st.booleans()))
         text = data.draw(st.binary(min_size=1, max_size=20))
         cuts = data.draw(st.lists(st.integers(1, 5), max_size=2))
         indirect = bool(features & F_INDIRECT) and data.draw(st.booleans())
