@@ -1,5 +1,7 @@
 """The shell on a Linux guest's console."""
 
+from hypervisor.console import ConsoleTimeout
+
 PROMPT = r"/ # \Z|/ # (\x1b\[6n)?\Z"
 QUIET = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
 BOOT_SECONDS = 300
@@ -17,5 +19,10 @@ class Shell:
         """Type a command and return what it printed."""
         # the marks are written so that the echo of the command line does not match them
         self.machine.console.write(f"echo BE''GIN; {command}; echo EN''D\n")
-        found = self.machine.console.expect(rb"(?s)BEGIN\r\n(.*?)END\r\n", timeout=timeout)
+        try:
+            found = self.machine.console.expect(rb"(?s)BEGIN\r\n(.*?)END\r\n", timeout=timeout)
+        except ConsoleTimeout:
+            if self.machine.outcome is not None:  # it ended: that explains more
+                raise AssertionError(self.machine.wait()) from None
+            raise
         return found[1].decode().replace("\r\n", "\n").strip()

@@ -40,19 +40,21 @@ def tap():
 
 @pytest.fixture
 def routable():
-    """An address and a default route, which passt wants to pass on: a dummy interface where there is none."""
-    with open("/proc/sys/net/ipv4/ping_group_range", "w") as file:  # who may ping by plain sockets
-        file.write("0 2147483647")
+    """An address, a default route, which passt wants to pass on, and a router: of our own where there is none."""
     has_route = subprocess.run([IP, "route", "show", "default"], check=True, capture_output=True).stdout
     if not has_route:
-        host_ip("link", "add", "hvdummy0", "type", "veth", "peer", "name", "hvdummy1")
-        for name in ("hvdummy0", "hvdummy1"):
-            host_ip("link", "set", name, "up")
-        host_ip("addr", "add", "192.0.2.5/24", "dev", "hvdummy0")
-        host_ip("route", "add", "default", "via", "192.0.2.1", "dev", "hvdummy0")
+        with open("/proc/sys/net/ipv4/ping_group_range", "w") as file:  # who may ping by plain sockets
+            file.write("0 2147483647")
+        host_ip("netns", "add", "hvrouter")
+        host_ip("link", "add", "hvveth0", "type", "veth", "peer", "name", "hvveth1", "netns", "hvrouter")
+        host_ip("-n", "hvrouter", "addr", "add", "192.0.2.1/24", "dev", "hvveth1")
+        host_ip("-n", "hvrouter", "link", "set", "hvveth1", "up")
+        host_ip("addr", "add", "192.0.2.5/24", "dev", "hvveth0")
+        host_ip("link", "set", "hvveth0", "up")
+        host_ip("route", "add", "default", "via", "192.0.2.1", "dev", "hvveth0")
     yield
     if not has_route:
-        subprocess.run([IP, "link", "delete", "hvdummy0"], check=False)
+        host_ip("netns", "delete", "hvrouter")
 
 
 class Files(http.server.BaseHTTPRequestHandler):
