@@ -21,8 +21,9 @@ class Shell:
         self.machine.console.write(f"echo BE''GIN; {command}; echo EN''D\n")
         try:
             found = self.machine.console.expect(rb"(?s)BEGIN\r\n(.*?)END\r\n", timeout=timeout)
-        except ConsoleTimeout:
+        except ConsoleTimeout as error:
             if self.machine.outcome is not None:  # it ended: that explains more
-                raise AssertionError(self.machine.wait()) from None
-            raise
+                raise AssertionError(self.machine.wait()) from error
+            where = [f"{vcpu.registers['rip']:#x}" for vcpu in self.machine.vcpus for _ in range(3)]
+            raise AssertionError(f"the guest is stuck or slow; its vCPUs are at {', '.join(where)}") from error
         return found[1].decode().replace("\r\n", "\n").strip()
