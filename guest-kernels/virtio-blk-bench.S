@@ -1,0 +1,288 @@
+# summary: measures a virtio disk from ring 3: COUNT requests of SIZE bytes, DEPTH at a time, random or in sequence
+# build: multiboot
+# append: 1000 1 4096 0 1
+#
+# The command line: COUNT DEPTH SIZE WRITE RANDOM; depth 1 to 32, size a multiple of 512 up to 1 MiB, the last two 0 or 1.
+# Everything from finding the device on is done in ring 3, where a software KVM runs at full speed too. Used buffers are
+# polled for and no interrupt is asked for; the device is kicked when its flags say so. At the end it prints
+#     requests N ticks T kicks K
+# with T in TSC ticks. Status 0; 1 no device, 2 features refused, 3 a request failed.
+.include "multiboot.inc"
+.include "console.inc"
+.include "arguments.inc"
+.include "tables.inc"
+.include "long_mode.inc"
+.include "ring3.inc"
+
+.equ BREAKPOINT, 3
+.equ FIRST_SLOT, 0xfeb00000
+.equ SLOT_SIZE, 0x200
+.equ SLOTS, 24
+.equ MAGIC, 0x74726976          # "virt"
+.equ BUFFERS, 16 << 20          # MAX_DEPTH of them, 1 MiB each
+.equ QUEUE_SIZE, 128
+.equ MAX_DEPTH, 32
+
+.data
+count: .quad 1000
+depth: .quad 1
+size: .quad 4096
+write: .quad 0
+random: .quad 1
+
+.bss
+    .balign 4096
+descriptors: .skip 16 * QUEUE_SIZE
+available: .skip 6 + 2 * QUEUE_SIZE
+    .balign 4096
+used: .skip 6 + 8 * QUEUE_SIZE
+    .balign 16
+headers: .skip 16 * MAX_DEPTH
+statuses: .skip MAX_DEPTH
+    .balign 8
+submitted: .skip 8
+kicks: .skip 8
+ticks: .skip 8
+places: .skip 8                 # how many requests the disk has room for
+seed: .skip 8
+
+START
+    .irp name, count, depth, size, write, random
+    mov eax, [\name]
+    call next_number
+    mov [\name], eax
+    .endr
+    call load_tables
+    GATE64 BREAKPOINT, done, USER_GATE
+    DESCRIBE_TSS
+    ENTER_LONG_MODE
+    LOAD_TSS
+    PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED
+    iretq
+
+# --- ring 3 ---------------------------------------------------------------------------------------------------------
+# RBX: the device's registers; R12: requests done; R13: used index seen; R14: available index
+program:
+    mov ebx, FIRST_SLOT
+    mov ecx, SLOTS
+1:  mov eax, [rbx]
+    cmp eax, MAGIC
+    jne 2f
+    mov eax, [rbx + 4]          # version
+    cmp eax, 2
+    jne 2f
+    mov eax, [rbx + 8]          # device
+    cmp eax, 2
+    je 3f
+2:  add ebx, SLOT_SIZE
+    dec ecx
+    jnz 1b
+    mov edi, 1
+    int3
+3:  mov dword ptr [rbx + 0x70], 0
+    mov dword ptr [rbx + 0x70], 1
+    mov dword ptr [rbx + 0x70], 3
+    mov dword ptr [rbx + 0x24], 0
+    mov dword ptr [rbx + 0x20], 1 << 9  # FLUSH, so that writes may stay in the host's cache
+    mov dword ptr [rbx + 0x24], 1
+    mov dword ptr [rbx + 0x20], 1       # VERSION_1
+    mov dword ptr [rbx + 0x70], 11
+    mov eax, [rbx + 0x70]
+    mov edi, 2
+    test al, 8
+    jnz 4f
+    int3
+4:  mov eax, offset available
+    mov word ptr [rax], 1               # NO_INTERRUPT
+    mov dword ptr [rbx + 0x30], 0
+    mov dword ptr [rbx + 0x38], QUEUE_SIZE
+    mov eax, offset descriptors
+    mov [rbx + 0x80], eax
+    mov dword ptr [rbx + 0x84], 0
+    mov eax, offset available
+    mov [rbx + 0x90], eax
+    mov dword ptr [rbx + 0x94], 0
+    mov eax, offset used
+    mov [rbx + 0xa0], eax
+    mov dword ptr [rbx + 0xa4], 0
+    mov dword ptr [rbx + 0x44], 1
+    mov dword ptr [rbx + 0x70], 15
+
+    mov eax, [rbx + 0x100]              # sectors, then requests that there is room for
+    shl rax, 9
+    xor edx, edx
+    div qword ptr [rip + size]
+    mov [rip + places], rax
+    mov eax, 88172645
+    mov [rip + seed], rax
+    xor r12d, r12d
+    xor r13d, r13d
+    xor r14d, r14d
+
+    lfence
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    mov [rip + ticks], rax
+    xor esi, esi                        # the first requests
+5:  call submit
+    inc esi
+    cmp rsi, [rip + depth]
+    jb 5b
+6:  call publish
+7:  mov eax, offset used
+    movzx ecx, word ptr [rax + 2]
+    cmp cx, r13w
+    jne 8f
+    pause
+    jmp 7b
+8:  movzx edx, r13w                     # a used entry: its head is three times the slot
+    and edx, QUEUE_SIZE - 1
+    mov eax, offset used
+    mov eax, [rax + 4 + 8 * rdx]
+    mov ecx, 3
+    xor edx, edx
+    div ecx
+    mov esi, eax
+    mov eax, offset statuses
+    mov edi, 3
+    cmp byte ptr [rax + rsi], 0
+    je 9f
+    int3
+9:  inc r13d
+    inc r12
+    cmp r12, [rip + count]
+    je 11f
+    mov rax, [rip + submitted]
+    cmp rax, [rip + count]
+    jae 10f
+    call submit
+10: mov eax, offset used
+    movzx ecx, word ptr [rax + 2]
+    cmp cx, r13w
+    jne 8b
+    jmp 6b
+11: lfence
+    rdtsc
+    shl rdx, 32
+    or rax, rdx
+    sub rax, [rip + ticks]
+    mov [rip + ticks], rax
+    xor edi, edi
+    int3
+
+# submit: fill slot ESI with the next request and put it into the available ring, not shown yet. Changes RAX, RCX, RDX,
+# RDI, R8, R9.
+submit:
+    mov rax, [rip + submitted]
+    inc qword ptr [rip + submitted]
+    cmp qword ptr [rip + random], 0
+    je 1f
+    mov rax, [rip + seed]               # xorshift
+    mov rcx, rax
+    shl rcx, 13
+    xor rax, rcx
+    mov rcx, rax
+    shr rcx, 7
+    xor rax, rcx
+    mov rcx, rax
+    shl rcx, 17
+    xor rax, rcx
+    mov [rip + seed], rax
+1:  xor edx, edx
+    div qword ptr [rip + places]
+    imul rdx, [rip + size]
+    shr rdx, 9                          # the sector
+    mov edi, offset headers
+    mov ecx, esi
+    shl ecx, 4
+    add edi, ecx
+    mov eax, [rip + write]
+    mov [rdi], rax
+    mov [rdi + 8], rdx
+    mov r8d, offset statuses
+    add r8d, esi
+    mov byte ptr [r8], 0xff
+    lea r9d, [rsi + 2 * rsi]            # the slot's first descriptor
+    mov ecx, r9d
+    shl ecx, 4
+    add ecx, offset descriptors
+    mov [rcx], rdi                      # header
+    mov dword ptr [rcx + 8], 16
+    lea edx, [r9 + 1]
+    shl edx, 16
+    or edx, 1
+    mov [rcx + 12], edx
+    mov eax, esi                        # data
+    shl eax, 20
+    add eax, BUFFERS
+    mov [rcx + 16], rax
+    mov eax, [rip + size]
+    mov [rcx + 24], eax
+    lea edx, [r9 + 2]
+    shl edx, 16
+    or edx, 3                           # the device writes it
+    mov eax, [rip + write]
+    add eax, eax
+    xor edx, eax                        # or reads it
+    mov [rcx + 28], edx
+    mov [rcx + 32], r8                  # status
+    mov dword ptr [rcx + 40], 1
+    mov dword ptr [rcx + 44], 2
+    mov edx, r14d
+    and edx, QUEUE_SIZE - 1
+    mov eax, offset available
+    mov [rax + 4 + 2 * rdx], r9w
+    inc r14d
+    ret
+
+# publish: show the device what was submitted, and kick it if it wants that. Changes RAX.
+publish:
+    mov eax, offset available
+    cmp [rax + 2], r14w
+    je 1f
+    mov [rax + 2], r14w
+    mfence
+    mov eax, offset used
+    test byte ptr [rax], 1
+    jnz 1f
+    mov dword ptr [rbx + 0x50], 0
+    inc qword ptr [rip + kicks]
+1:  ret
+
+# --- ring 0 again: EDI is the status ----------------------------------------------------------------------------------
+done:
+    mov [rip + saved], edi
+    PRINT64 "requests "
+    mov rax, [rip + count]
+    call print_decimal64
+    PRINT64 " ticks "
+    mov rax, [rip + ticks]
+    call print_decimal64
+    PRINT64 " kicks "
+    mov rax, [rip + kicks]
+    call print_decimal64
+    PRINT64 "\n"
+    mov eax, [rip + saved]
+    jmp exit
+
+# print_decimal64: write RAX in decimal. Changes RAX, RCX, RDX, RSI, RDI.
+print_decimal64:
+    mov esi, offset digits64 + 24
+    xor ecx, ecx
+    mov edi, 10
+1:  xor edx, edx
+    div rdi
+    add dl, '0'
+    dec esi
+    mov [rsi], dl
+    inc ecx
+    test rax, rax
+    jnz 1b
+    mov edx, COM1
+    rep outsb
+    ret
+
+.bss
+saved: .skip 4
+digits64: .skip 24

@@ -1,0 +1,89 @@
+"""Small guests that drive virtio devices, on any KVM: doorbells are eventfds, and the data paths do the work."""
+
+import os
+import threading
+
+import pytest
+
+from devices.backends.image import open_image
+from devices.backends.qcow2_header import create
+from hypervisor import Machine, MachineConfig, Stop
+
+pytestmark = pytest.mark.kvm
+
+SECTOR = 512
+SIZE = 64 * SECTOR
+PATTERN = bytes((offset + 1) & 0xFF for offset in range(SECTOR))
+
+
+def drive(disk, **settings):
+    """Run the driver against a disk, and return the machine's outcome and what it said."""
+    config = MachineConfig("virtio-blk", ram_mib=4, debug_exit="raw", virtio="mmio", disks=[disk], **settings)
+    with Machine(config) as machine:
+        said = []
+        machine.console.listeners.append(said.append)
+        outcome = machine.run(timeout=60)
+        exits = machine.vcpus[0].handle.exit_counts
+    return outcome, b"".join(said).decode(), exits
+
+
+@pytest.mark.parametrize("kind", ["raw", "raw-limited", "raw-direct", "qcow2", "overlay-file", "overlay-memory"])
+def test_a_disk_of_each_kind(tmp_path, kind):
+    """The same driver, the same answers: by the data path in C for a plain file, by the model for the others."""
+    path, overlay = tmp_path / "disk", tmp_path / "overlay"
+    if kind == "qcow2":
+        create(str(path), SIZE)
+    else:
+        path.write_bytes(bytes(SIZE))
+    more = {"overlay-file": f",overlay={overlay}", "overlay-memory": ",overlay=memory", "raw-limited": ",iops=1000"}
+    more["raw-direct"] = ",cache=none"
+    outcome, said, _ = drive(f"{path},serial=S-{kind}{more.get(kind, '')}")
+    assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0)
+    assert said == f"sectors: 64\nserial: S-{kind}\n"
+    image = open_image(str(overlay if kind == "overlay-file" else path), readonly=True)
+    data = bytearray(SIZE)
+    image.readv(0, [memoryview(data)])
+    image.close()
+    expected = bytearray(SIZE)
+    if kind != "overlay-memory":
+        expected[5 * SECTOR : 6 * SECTOR] = PATTERN
+    assert data == expected
+
+
+def test_a_kick_is_no_exit_to_user_space(tmp_path):
+    """Four requests, and every memory exit is accounted for by setting the device up."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    outcome, _, exits = drive(str(path))
+    assert outcome.status == 0
+    set_up = 3 + 3 + 1 + 4 + 2 + 1 + 9 + 1  # probing, status, features, queue, capacity: one exit each
+    assert exits[6] <= set_up
+
+
+def test_a_disk_that_is_read_only_fails_the_write(tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    outcome, _, _ = drive(f"{path},readonly")
+    assert outcome.status == 3
+    assert path.read_bytes() == bytes(SIZE)
+
+
+def test_no_disk():
+    with Machine(MachineConfig("virtio-blk", ram_mib=4, debug_exit="raw")) as machine:
+        assert machine.run(timeout=60).status == 1
+
+
+def test_machines_give_back_what_their_devices_took(tmp_path, process_files):
+    """Descriptors and threads, over many machines in one process."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    drive(str(path))
+    before = process_files()
+    for _ in range(5):
+        drive(str(path))
+    assert process_files() == before
+
+
+@pytest.fixture
+def process_files():
+    return lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())
