@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING, Final, Protocol
 
 from devices.backends.errors import BackendError
@@ -60,10 +61,15 @@ class Image(Protocol):
 def is_qcow2(path: str) -> bool:
     """Tell by its content whether a file is a qcow2 image; raises BackendError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO without a writer must not hold us
+        try:
+            if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+                return os.read(fd, len(QCOW2_MAGIC)) == QCOW2_MAGIC
+        finally:
+            os.close(fd)
     except OSError as error:
         raise refusal(path, error) from error
+    return False
 
 
 def refusal(path: str, error: OSError) -> BackendError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -39,13 +40,15 @@ class Limits:
     def __init__(self, *, iops: int | None, bandwidth: int | None, clock: Callable[[], float]) -> None:
         """Allow `iops` requests and `bandwidth` bytes a second (None: no limit), by a clock in seconds."""
         self._requests = None if iops is None else _Bucket(iops, clock)
+        self._lock = threading.Lock()  # each queue has a thread
         self._bytes = None if bandwidth is None else _Bucket(bandwidth, clock)
 
     def take(self, size: int) -> float:
         """Count a request of `size` bytes and return how many seconds it has to wait."""
         waits = [0.0]
-        if self._requests is not None:
-            waits.append(self._requests.take(1))
-        if self._bytes is not None:
-            waits.append(self._bytes.take(size))
-        return max(waits)
+        with self._lock:
+            if self._requests is not None:
+                waits.append(self._requests.take(1))
+            if self._bytes is not None:
+                waits.append(self._bytes.take(size))
+        return min(max(waits), threading.TIMEOUT_MAX)

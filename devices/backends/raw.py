@@ -14,7 +14,7 @@ from devices.backends.image import refusal
 from devices.backends.locks import lock_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["RawImage"]
 
@@ -22,6 +22,8 @@ SECTOR: Final = 512
 IOV_MAX: Final = 1024
 DIRECT_ALIGNMENT: Final = 4096
 """Enough for O_DIRECT everywhere."""
+BOUNCE_BYTES: Final = 1 << 20
+"""What is copied at once for O_DIRECT: a guest decides how long a request is, not how much memory that takes."""
 ZEROES: Final = memoryview(bytes(1 << 20))
 
 FALLOC_FL_KEEP_SIZE: Final = 1
@@ -64,7 +66,13 @@ class RawImage:
         self._direct = cache == "none"
         self._failed: OSError | None = None
         self._flush_lock = threading.Lock()
-        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+        self._direct_write_lock = threading.Lock()
+        flags = (
+            (os.O_RDONLY if readonly else os.O_RDWR)
+            | os.O_CLOEXEC
+            | os.O_NONBLOCK
+            | (os.O_DIRECT if self._direct else 0)
+        )
         try:
             self._fd = os.open(path, flags)
         except OSError as error:
@@ -130,8 +138,12 @@ class RawImage:
 
     def writev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Write all of `buffers` at byte `offset`."""
-        if self._direct and not _is_aligned(offset, buffers):
-            self._bounce(offset, buffers, write=True)
+        if self._direct:
+            with self._direct_write_lock:  # a neighbour may be between reading a block and writing it back
+                if _is_aligned(offset, buffers):
+                    self._move(os.pwritev, offset, list(buffers))
+                else:
+                    self._bounce(offset, buffers, write=True)
             return
         self._move(os.pwritev, offset, list(buffers))
 
@@ -149,7 +161,12 @@ class RawImage:
                 buffers[0] = buffers[0][done:]
 
     def _bounce(self, offset: int, buffers: Sequence[memoryview], *, write: bool) -> None:
-        """Move data by an aligned copy, for O_DIRECT: whole blocks around it are read, changed, written."""
+        """Move data by aligned copies, for O_DIRECT, of at most BOUNCE_BYTES each."""
+        for at, pieces in _cut(offset, buffers):
+            self._bounce_once(at, pieces, write=write)
+
+    def _bounce_once(self, offset: int, buffers: Sequence[memoryview], *, write: bool) -> None:
+        """Move data by one aligned copy: whole blocks around it are read, changed, written."""
         size = sum(map(len, buffers))
         first = offset & -DIRECT_ALIGNMENT
         last = min((offset + size + DIRECT_ALIGNMENT - 1) & -DIRECT_ALIGNMENT, self.size)
@@ -224,6 +241,24 @@ class RawImage:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _cut(offset: int, buffers: Sequence[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Cut a transfer at multiples of BOUNCE_BYTES of the disk: offset and buffers of each part."""
+    start = offset
+    pieces: list[memoryview] = []
+    for buffer in buffers:
+        done = 0
+        while done < len(buffer):
+            piece = buffer[done : done + BOUNCE_BYTES - offset % BOUNCE_BYTES]
+            pieces.append(piece)
+            done += len(piece)
+            offset += len(piece)
+            if offset % BOUNCE_BYTES == 0:
+                yield start, pieces
+                start, pieces = offset, []
+    if pieces:
+        yield start, pieces
 
 
 def _is_aligned(offset: int, buffers: Sequence[memoryview]) -> bool:

@@ -218,6 +218,8 @@ class Block(VirtioDevice):
 
     def _flush(self, chain: Chain, sector: int, size: int) -> int:
         del chain, sector, size
+        if not self._hold_back(0):
+            return _IOERR
         if not self.image.readonly:
             self.image.flush()
         return _OK
@@ -247,6 +249,8 @@ class Block(VirtioDevice):
             return _IOERR
         if any(flags for _, _, flags in segments):
             return _UNSUPP
+        if not self._hold_back(0):
+            return _IOERR
         for first, sectors, _ in segments:
             if sectors:
                 self.image.discard(first * SECTOR, sectors * SECTOR)
@@ -261,6 +265,8 @@ class Block(VirtioDevice):
             return _IOERR
         if any(flags & ~_UNMAP for _, _, flags in segments):
             return _UNSUPP
+        if not self._hold_back(SECTOR * sum(sectors for _, sectors, _ in segments)):
+            return _IOERR
         for first, sectors, flags in segments:
             if sectors:
                 self.image.write_zeroes(first * SECTOR, sectors * SECTOR, bool(flags & _UNMAP))
