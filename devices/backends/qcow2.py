@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from devices.backends.errors import BackendError
 from devices.backends.image import is_qcow2
+from devices.backends.qcow2_compressed import unpack
 from devices.backends.qcow2_header import (
     AUTOCLEAR_AT,
     CORRUPT,
@@ -43,6 +44,10 @@ MAX_DEPTH: Final = 64
 """Backing files of backing files."""
 MAX_TABLES: Final = 256
 """L2 tables that are kept in memory."""
+MAX_FREED_BYTES: Final = 64 << 20
+"""Clusters that wait to be free; a guest that never flushes makes the file no larger than the disk and this."""
+MAX_ZEROED: Final = 1 << 15
+"""Clusters whose entries are changed at once."""
 
 
 def open_qcow2(path: str, *, readonly: bool, cache: str, wanted_backing: str | None = None) -> Qcow2Image:
@@ -95,7 +100,7 @@ def _open_backing(path: str, form: str | None, *, cache: str, above: tuple[tuple
         raise BackendError(f"backing file {path} is no qcow2 image, though it is said to be one")
     if form == "qcow2" or (form is None and is_qcow2(path)):
         return Qcow2Image(path, readonly=True, cache=cache, above=above)
-    return RawImage(path, readonly=True, cache="writeback" if cache == "none" else cache)
+    return RawImage(path, readonly=True, cache="writeback" if cache == "none" else cache, any_size=True)
 
 
 class Qcow2Image:
@@ -155,11 +160,12 @@ class Qcow2Image:
                 f"disk image {self._path} has internal snapshots, which are not written to",
                 hint="open it with overlay=memory or overlay=FILE, or `qemu-img convert` makes a copy without",
             )
+        tables = [entry & OFFSET for entry in self._l1 if entry & OFFSET]
+        first = [0, *self._span(header.l1_offset, 8 * header.l1_size)]
+        self._refcounts = Refcounts(self._file, header, self._corrupt)
+        self._refcounts.claim(self._path, first, tables)
         if header.autoclear:
             self._file.write_at(AUTOCLEAR_AT, bytes(8))
-        own = {0, *self._span(header.l1_offset, 8 * header.l1_size)}
-        own |= {(entry & OFFSET) >> self._bits for entry in self._l1 if entry & OFFSET}
-        self._refcounts = Refcounts(self._path, self._file, header, own)
 
     @property
     def _end(self) -> int:
@@ -186,6 +192,8 @@ class Qcow2Image:
         """Return an L2 table; None when there is none and none is to be made."""
         table = self._tables.pop(index, None)
         if table is None:
+            if len(self._tables) >= MAX_TABLES:
+                self._make_room()
             offset = self._l1[index] & OFFSET
             if offset:
                 if offset % self._cluster or offset + self._cluster > self._end or offset < self._cluster:
@@ -200,8 +208,6 @@ class Qcow2Image:
                 self._dirty.add(index)
             else:
                 return None
-            if len(self._tables) >= MAX_TABLES:
-                self._make_room()
         self._tables[index] = table
         return table
 
@@ -209,6 +215,7 @@ class Qcow2Image:
         """Forget the L2 table that was not used for longest."""
         index = next(iter(self._tables))
         if index in self._dirty:
+            self._check_writable()
             self._write_back()
         del self._tables[index]
 
@@ -304,19 +311,9 @@ class Qcow2Image:
     def _decompress(self, entry: int) -> bytes:
         data = self._file.read_at(*self._compressed_place(entry))
         try:
-            if self._header.compression:
-                import zstandard
-
-                out = zstandard.ZstdDecompressor().decompressobj().decompress(data)[: self._cluster]
-            else:
-                import zlib
-
-                out = zlib.decompressobj(-15).decompress(data, self._cluster)
-        except Exception as error:  # each library has its own
-            raise self._corrupt("a compressed cluster that cannot be unpacked") from error
-        if len(out) != self._cluster:
-            raise self._corrupt(f"a compressed cluster of {len(out)} bytes")
-        return out
+            return unpack(data, self._cluster, zstd=self._header.compression != 0)
+        except ValueError as error:
+            raise self._corrupt(f"a compressed cluster that cannot be unpacked ({error})") from error
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -339,27 +336,38 @@ class Qcow2Image:
             for at, part in self._pieces(offset, buffers):
                 clusters.setdefault(at >> self._bits, []).append(part)
             changes: list[tuple[int, int, int]] = []  # clusters whose data moves: number, old and new entry
-            start, run, length = 0, list[memoryview](), 0
-            inside = offset % self._cluster
-            for cluster, parts in clusters.items():
-                entry = self._entry(cluster)
-                place = self._data_place(entry)
-                if place is not None and self._is_ours(entry, place):
-                    place += inside
-                else:
-                    parts = self._whole(entry, cluster, inside, parts)  # noqa: PLW2901 - the same data, completed
-                    place = self._refcounts.allocate() << self._bits
-                    changes.append((cluster, entry, place | COPIED))
-                inside = 0
-                if not run or place != start + length:
-                    if run:
-                        self._file.writev(start, run)
-                    start, run, length = place, [], 0
-                run += parts
-                length += sum(map(len, parts))
-            if run:
-                self._file.writev(start, run)
+            try:
+                self._write_clusters(clusters, offset % self._cluster, changes)
+            except OSError:
+                if not self._broken:
+                    for _, _, new in changes:  # nothing points to them
+                        self._refcounts.release((new & OFFSET) >> self._bits)
+                raise
             self._change(changes)
+
+    def _write_clusters(
+        self, clusters: dict[int, list[memoryview]], inside: int, changes: list[tuple[int, int, int]]
+    ) -> None:
+        """Write data from byte `inside` of the first cluster on; adds to `changes` what moves."""
+        start, run, length = 0, list[memoryview](), 0
+        for cluster, parts in clusters.items():
+            entry = self._entry(cluster)
+            place = self._data_place(entry)
+            if place is not None and self._is_ours(entry, place):
+                place += inside
+            else:
+                parts = self._whole(entry, cluster, inside, parts)  # noqa: PLW2901 - the same data, completed
+                place = self._refcounts.allocate() << self._bits
+                changes.append((cluster, entry, place | COPIED))
+            inside = 0
+            if not run or place != start + length:
+                if run:
+                    self._file.writev(start, run)
+                start, run, length = place, [], 0
+            run += parts
+            length += sum(map(len, parts))
+        if run:
+            self._file.writev(start, run)
 
     def _whole(self, entry: int, cluster: int, inside: int, parts: list[memoryview]) -> list[memoryview]:
         """Complete data for a cluster with what it holds now."""
@@ -386,6 +394,8 @@ class Qcow2Image:
                 self._freed += self._span(place, size)
             elif old & OFFSET:
                 self._freed.append((old & OFFSET) >> self._bits)
+        if len(self._freed) << self._bits > MAX_FREED_BYTES:
+            self._settle()
 
     # --- holes --------------------------------------------------------------------------------------------------------
 
@@ -424,12 +434,13 @@ class Qcow2Image:
         if self._header.version < 3 and self._backing is not None:
             return  # nothing can be said: they stay, which a discard may do
         zero = ZERO if self._header.version >= 3 else 0
-        changes = []
-        for cluster in clusters:
-            entry = self._entry(cluster)
-            if entry & ~COPIED != zero and (entry or self._backing is not None):
-                changes.append((cluster, entry, zero))
-        self._change(changes)
+        for start in range(0, len(clusters), MAX_ZEROED):
+            changes = []
+            for cluster in clusters[start : start + MAX_ZEROED]:
+                entry = self._entry(cluster)
+                if entry & ~COPIED != zero and (entry or self._backing is not None):
+                    changes.append((cluster, entry, zero))
+            self._change(changes)
 
     # --- durability ---------------------------------------------------------------------------------------------------
 
@@ -440,12 +451,17 @@ class Qcow2Image:
         with self._lock:
             if self._broken:
                 raise OSError(errno.EIO, f"{self._path} is not written to")
-            self._write_back()
-            self._file.flush()
-            freed, self._freed = self._freed, []
-            for cluster in freed:
-                if self._refcounts.release(cluster):
-                    self._file.discard(cluster << self._bits, self._cluster)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make everything durable, then free what nothing points to any more."""
+        self._write_back()
+        self._file.flush()
+        freed, self._freed = self._freed + self._refcounts.outgrown, []
+        self._refcounts.outgrown = []
+        for cluster in reversed(freed):  # so that they are allocated in their order
+            if self._refcounts.release(cluster):
+                self._file.discard(cluster << self._bits, self._cluster)
 
     def _write_back(self) -> None:
         """Bring L2 tables to the file, each behind what it points to; the last of it is durable with the next flush."""
