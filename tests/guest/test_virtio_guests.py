@@ -27,7 +27,7 @@ def drive(disk, **settings):
     return outcome, b"".join(said).decode(), exits
 
 
-@pytest.mark.parametrize("kind", ["raw", "raw-limited", "raw-direct", "qcow2", "overlay-file", "overlay-memory"])
+@pytest.mark.parametrize("kind", ["raw", "raw-limited", "qcow2", "overlay-file", "overlay-memory"])
 def test_a_disk_of_each_kind(tmp_path, kind):
     """The same driver, the same answers: by the data path in C for a plain file, by the model for the others."""
     path, overlay = tmp_path / "disk", tmp_path / "overlay"
@@ -36,7 +36,6 @@ def test_a_disk_of_each_kind(tmp_path, kind):
     else:
         path.write_bytes(bytes(SIZE))
     more = {"overlay-file": f",overlay={overlay}", "overlay-memory": ",overlay=memory", "raw-limited": ",iops=1000"}
-    more["raw-direct"] = ",cache=none"
     outcome, said, _ = drive(f"{path},serial=S-{kind}{more.get(kind, '')}")
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0)
     assert said == f"sectors: 64\nserial: S-{kind}\n"
