@@ -1,12 +1,11 @@
-"""A virtio disk driven from ring 3, the same guest under hv and under QEMU's microvm: time, processor, exits."""
+"""A virtio disk driven from ring 3, the same guest under hv and under QEMU's microvm: time and exits."""
 
 from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from benchmarks.startup import DEBUG_EXIT_STATUS, qemu
 from benchmarks.table import CannotRunError, Row, Sample
@@ -30,14 +29,6 @@ PATTERNS: Final = (
     ("1 MiB sequential read, depth 4", 400, 4, 1 << 20, 0, 0, 1.0),
     ("1 MiB sequential write, depth 4", 400, 4, 1 << 20, 1, 0, 1.0),
 )
-CPU_REACH: Final = 1.2
-
-
-class Result(NamedTuple):
-    """One run: microseconds a request, and seconds of processor that the VMM took beside its polling guest."""
-
-    us: float
-    cpu: float
 
 
 def _mhz() -> float:
@@ -49,19 +40,15 @@ def _mhz() -> float:
     return float(found[1])
 
 
-def _run(command: Sequence[str | Path], mhz: float) -> Result:
-    """Run the guest; the vCPU polls all the time that is measured, so that much processor is the guest's."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def _run(command: Sequence[str | Path], mhz: float) -> float:
+    """Run the guest and return microseconds a request."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = RESULT.search(done.stdout)
     if done.returncode != DEBUG_EXIT_STATUS or found is None:
         raise CannotRunError(
             f"{os.path.basename(command[0])} ended with status {done.returncode}: {done.stderr.strip()}"
         )
-    requests, ticks = int(found[1]), int(found[2])
-    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Result(ticks / mhz / requests, used - ticks / mhz / 1e6)
+    return int(found[2]) / mhz / int(found[1])
 
 
 def _commands(kernel: Path, disk: Path, words: str) -> dict[str, list[str]]:
@@ -105,21 +92,7 @@ def measure(settings: Settings, name: str) -> list[Row]:
         times = {who: Sample("us", []) for who in commands}
         for _ in range(settings.pick(9, 2)):
             for who, command in commands.items():
-                times[who].values.append(_run(command, mhz).us)
+                times[who].values.append(_run(command, mhz))
         ours = times.pop("hv")
         rows += [Row(name, what, ours, theirs, against, reach) for against, theirs in times.items()]
-    return [*rows, _processor(settings, name, kernel, disk, mhz)]
-
-
-def _processor(settings: Settings, name: str, kernel: Path, disk: Path, mhz: float) -> Row:
-    """Compare the seconds of processor that a GiB costs beside the guest's own, start and end taken off."""
-    gib = settings.pick(4, 1)
-    none = _commands(kernel, disk, f"1 4 {1 << 20} 0 0")
-    many = _commands(kernel, disk, f"{gib << 10} 4 {1 << 20} 0 0")
-    used = {who: Sample("s/GiB", []) for who in many}
-    for _ in range(settings.pick(5, 2)):
-        for who, command in many.items():
-            used[who].values.append(max(_run(command, mhz).cpu - _run(none[who], mhz).cpu, 1e-3) / gib)
-    ours = used.pop("hv")
-    ((against, theirs),) = used.items()
-    return Row(name, "the VMM's processor, 1 MiB sequential read", ours, theirs, against, CPU_REACH)
+    return rows
