@@ -108,18 +108,22 @@ class DriverQueue:
             (self.table if table is None else table) + 16 * index, pack("<QIHH", gpa, length, flags, following)
         )
 
-    def chain(self, pieces, *, indirect_at=None):
-        """Describe (gpa, length, writable) pieces and return the head."""
-        count = 1 if indirect_at is not None else len(pieces)
-        taken = [self.free.pop(0) for _ in range(count)]
-        indices = list(range(len(pieces))) if indirect_at is not None else taken
+    def chain(self, pieces, *, indirect_at=None, direct=0):
+        """Describe (gpa, length, writable) pieces and return the head; a table has all but the first `direct`."""
+        if indirect_at is None:
+            direct = len(pieces)
+        nested = len(pieces) - direct
+        taken = [self.free.pop(0) for _ in range(direct + bool(nested))]
         for position, (gpa, length, writable) in enumerate(pieces):
             last = position == len(pieces) - 1
             flags = (WRITE if writable else 0) | (0 if last else NEXT)
-            following = 0 if last else indices[position + 1]
-            self.write_descriptor(indices[position], gpa, length, flags, following, table=indirect_at)
-        if indirect_at is not None:
-            self.write_descriptor(taken[0], indirect_at, 16 * len(pieces), INDIRECT)
+            if position < direct:
+                self.write_descriptor(taken[position], gpa, length, flags, 0 if last else taken[position + 1])
+            else:
+                index = position - direct
+                self.write_descriptor(index, gpa, length, flags, 0 if last else index + 1, table=indirect_at)
+        if nested:
+            self.write_descriptor(taken[direct], indirect_at, 16 * nested, INDIRECT)
         self.chains[taken[0]] = taken
         return taken[0]
 

@@ -1,0 +1,265 @@
+"""What a device must and must not do with its rings, clause by clause (Virtio 1.2, 2.6 and 2.7)."""
+
+from struct import pack, unpack_from
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_virtqueue import Echo
+from virtio_driver import F_EVENT_IDX, F_INDIRECT, NEEDS_RESET, Driver, FakeRam
+
+F_RING_RESET = 1 << 40
+ALL = [0, F_INDIRECT, F_EVENT_IDX, F_INDIRECT | F_EVENT_IDX]
+
+
+@pytest.fixture
+def ram():
+    return FakeRam()
+
+
+def word(ram, gpa):
+    return unpack_from("<H", ram.read(gpa, 2))[0]
+
+
+def changes(before, ram):
+    """Return the addresses of low memory that are not what they were."""
+    return {gpa for gpa, (old, new) in enumerate(zip(before, ram.low, strict=True)) if old != new}
+
+
+# --- 2.6 --------------------------------------------------------------------------------------------------------------
+
+
+def test_2_6_1_queue_reset_is_not_offered_so_nothing_of_it_is_owed(ram):
+    assert not Echo(ram).offered & F_RING_RESET
+
+
+def test_2_6_1_1_1_a_queue_that_was_reset_has_its_default_state(ram):
+    driver = Driver(Echo(ram), ram, size=4)
+    for _ in range(3):
+        driver.ask(0, b"abc", 3)
+    queue = driver.device.queues[0]
+    queue.reset()
+    assert (queue.size, queue.is_enabled, queue.features) == (16, False, 0)
+    assert (queue.descriptors, queue.available, queue.used) == (0, 0, 0)
+    assert list(queue.cursor) == [0] * len(queue.cursor)
+
+
+def test_2_6_1_1_1_a_queue_that_was_reset_is_not_looked_at(ram):
+    driver = Driver(Echo(ram), ram)
+    ours, before = driver.queues[0], driver.signals[0].count
+    driver.device.queues[0].reset()
+    ours.offer(ours.chain([(0x9000, 1, False), (0xA000, 1, True)]))
+    ours.publish()
+    driver.runner.kick(0)
+    assert ours.collect() == []
+    assert driver.device.handled == 0
+    assert driver.signals[0].count == before
+
+
+# --- 2.7.4 and 2.7.5 --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 24),
+    cuts=st.lists(st.integers(0, 6), max_size=5),
+    direct=st.integers(0, 12),
+    features=st.sampled_from(ALL),
+)
+def test_2_7_4_1_no_arrangement_of_descriptors_is_assumed(size, cuts, direct, features):
+    ram = FakeRam()
+    driver = Driver(Echo(ram), ram, features=features)
+    ours = driver.queues[0]
+    source, target = driver.buffer(bytes(range(1, size + 1))), driver.buffer(size)
+    pieces = [*driver._cut(source, size, cuts, writable=False), *driver._cut(target, size, cuts[::-1], writable=True)]
+    nested = features & F_INDIRECT and direct < len(pieces)
+    head = ours.chain(pieces, indirect_at=0x8000 if nested else None, direct=direct)
+    ours.offer(head)
+    ours.publish()
+    driver.runner.kick(0)
+    assert ours.collect() == [(head, size)]
+    assert ram.read(target, size) == bytes(range(1, size + 1))
+
+
+@pytest.mark.parametrize("indirect_at", [None, 0x8000])
+@pytest.mark.parametrize("features", [F_INDIRECT, F_INDIRECT | F_EVENT_IDX])
+def test_2_7_5_1_nothing_but_writable_buffers_and_the_used_ring_is_written(ram, features, indirect_at):
+    """No readable buffer, no descriptor, no available ring, and no byte behind what was asked for."""
+    driver = Driver(Echo(ram), ram, features=features)
+    ours = driver.queues[0]
+    ram.write(0x9000, b"\xaa" * 64)
+    ram.write(0xA000, b"\x55" * 64)
+    head = ours.chain([(0x9010, 20, False), (0xA010, 5, True), (0xA020, 30, True)], indirect_at=indirect_at)
+    ours.offer(head)
+    ours.publish()
+    before = bytes(ram.low)
+    driver.runner.kick(0)
+    assert ours.collect() == [(head, 20)]
+    allowed = {*range(0xA010, 0xA015), *range(0xA020, 0xA02F), *range(ours.used, ours.end)}
+    assert changes(before, ram) <= allowed
+    assert {0xA010, 0xA014, 0xA020, 0xA02E} <= changes(before, ram)
+
+
+@pytest.mark.parametrize("entries", [1, 8, 16])
+def test_2_7_5_3_an_indirect_table_may_be_as_long_as_the_queue(ram, entries):
+    driver = Driver(Echo(ram), ram)
+    ours = driver.queues[0]
+    pieces = [(driver.buffer(b"x"), 1, False) for _ in range(entries - 1)]
+    ours.offer(ours.chain([*pieces, (driver.buffer(20), 20, True)], indirect_at=0x8000))
+    ours.publish()
+    driver.runner.kick(0)
+    assert ours.collect() == [(0, entries - 1)]
+
+
+def test_2_7_5_2_a_chain_of_more_than_4_gib_is_refused(ram):
+    """In an indirect table each piece may be the same megabyte; the total is what counts."""
+    driver = Driver(Echo(ram, size=8192), ram, size=8192)
+    ours = driver.queues[0]
+    most = 1 << 20
+    count = (1 << 32) // most + 1
+    ours.offer(ours.chain([(0, most, True)] * count, indirect_at=0xA0000))
+    ours.publish()
+    driver.runner.kick(0)
+    assert driver.transport.status & NEEDS_RESET
+    assert driver.device.handled == 0
+
+
+# --- 2.7.7 ------------------------------------------------------------------------------------------------------------
+
+
+def pushes(driver, count):
+    """Have the device answer `count` chains in one batch."""
+    ours = driver.queues[0]
+    for _ in range(count):
+        ours.offer(ours.chain([(driver.buffer(b"x"), 1, False), (driver.buffer(1), 1, True)]))
+    ours.publish()
+    driver.runner.kick(0)
+    assert len(ours.collect()) == count
+
+
+@settings(max_examples=60, deadline=None)
+@given(start=st.sampled_from([0, 7, 65533, 65535]), count=st.integers(1, 8), offset=st.integers(-3, 10))
+def test_2_7_7_2_used_event_is_met_by_any_entry_of_a_batch(start, count, offset):
+    """Whether idx, as it was before one of the entries was written, is equal to used_event: across the wrap, too."""
+    ram = FakeRam()
+    driver = Driver(Echo(ram), ram, features=F_EVENT_IDX)
+    ours = driver.queues[0]
+    for item in range(3):
+        driver.device.queues[0].cursor[item] = start
+    ours.idx = ours.seen = start
+    ram.write(ours.available + 2, pack("<H", start))
+    ram.write(ours.used + 2, pack("<H", start))
+    event = (start + offset) & 0xFFFF
+    ours.want_interrupt(at=event)
+    pushes(driver, count)
+    assert driver.signals[0].count == (event in [(start + position) & 0xFFFF for position in range(count)])
+
+
+@pytest.mark.parametrize("event", [0, 1, 15, 65535])
+def test_2_7_7_2_used_event_is_ignored_where_it_was_not_negotiated(ram, event):
+    driver = Driver(Echo(ram), ram, features=0)
+    ours = driver.queues[0]
+    ram.write(ours.available + 4 + 2 * ours.size, pack("<H", event))
+    pushes(driver, 1)
+    assert driver.signals[0].count == 1
+    ours.want_interrupt(wanted=False)
+    pushes(driver, 1)
+    assert driver.signals[0].count == 1
+
+
+@pytest.mark.parametrize("flags", [2, 0xFFFE])
+def test_2_7_7_2_only_the_lowest_bit_of_the_flags_means_anything(ram, flags):
+    driver = Driver(Echo(ram), ram, features=0)
+    ram.write(driver.queues[0].available, pack("<H", flags))
+    pushes(driver, 1)
+    assert driver.signals[0].count == 1
+
+
+# --- 2.7.8 ------------------------------------------------------------------------------------------------------------
+
+
+def test_2_7_8_2_entry_and_buffer_are_complete_when_idx_shows_them(ram):
+    driver = Driver(Echo(ram), ram)
+    queue, ours = driver.device.queues[0], driver.queues[0]
+    target = 0xA000
+    seen = []
+
+    class Watched:
+        """The used ring's flags and idx."""
+
+        def __init__(self, words):
+            self.words = words
+
+        def __setitem__(self, item, value):
+            if item == 1:
+                at = ours.used + 4 + 8 * (word(ram, ours.used + 2) % ours.size)
+                seen.append((unpack_from("<II", ram.read(at, 8)), ram.read(target, 3)))
+            self.words[item] = value
+
+    queue._used_flags = Watched(queue._used_flags)
+    head = ours.chain([(driver.buffer(b"abc"), 3, False), (target, 3, True)])
+    ours.offer(head)
+    ours.publish()
+    driver.runner.kick(0)
+    assert seen == [((head, 3), b"abc")]
+
+
+# --- 2.7.10 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [0, F_EVENT_IDX])
+def test_2_7_10_2_used_flags(ram, features):
+    """0 or 1; always 0 where avail_event says it."""
+    during = []
+
+    class Spying(Echo):
+        def handle(self, queue, chain):
+            during.append(word(ram, driver.queues[0].used))
+            return super().handle(queue, chain)
+
+    driver = Driver(Spying(ram), ram, features=features)
+    for _ in range(3):
+        driver.ask(0, b"a", 1)
+        assert word(ram, driver.queues[0].used) == 0
+    assert during == [0 if features else 1] * 3
+
+
+def test_2_7_10_2_avail_event_is_where_the_next_kick_is_wanted(ram):
+    driver = Driver(Echo(ram), ram)
+    ours = driver.queues[0]
+    for done in range(20):
+        assert word(ram, ours.used + 4 + 8 * ours.size) == done
+        driver.ask(0, b"a", 1)
+
+
+@pytest.mark.parametrize("features", ALL)
+def test_2_7_10_2_spurious_kicks_do_nothing(ram, features):
+    driver = Driver(Echo(ram), ram, features=features)
+    driver.ask(0, b"a", 1)
+    before, interrupts = bytes(ram.low), driver.signals[0].count
+    for _ in range(100):
+        driver.runner.kick(0)
+    assert changes(before, ram) == set()
+    assert driver.signals[0].count == interrupts
+    assert driver.ask(0, b"b", 1) == b"b"
+
+
+@pytest.mark.parametrize("features", [0, F_EVENT_IDX])
+def test_a_chain_that_comes_while_the_device_falls_asleep_is_not_lost(ram, features):
+    """Shown after the device found nothing and before it asked for a kick: the driver need not kick, nor does it."""
+    driver = Driver(Echo(ram), ram, features=features)
+    queue, ours = driver.device.queues[0], driver.queues[0]
+    head = ours.chain([(driver.buffer(b"z"), 1, False), (driver.buffer(1), 1, True)])
+    ours.offer(head)
+    ask_for_kicks = queue.expect_kicks
+    late = [True]
+
+    def expect_kicks(beyond=0):
+        if late:
+            late.clear()
+            ours.publish()
+        return ask_for_kicks(beyond)
+
+    queue.expect_kicks = expect_kicks
+    driver.runner.kick(0)
+    assert ours.collect() == [(head, 1)]
