@@ -137,6 +137,12 @@ class Balloon(VirtioDevice):
         self._held = None
         self._actual = 0
 
+    def disable(self, queue: Queue) -> None:
+        """Forget the buffer that is held of the queue for statistics."""
+        super().disable(queue)
+        if queue.index == STATISTICS:
+            self._held = None
+
     def handle_queue(self, queue: Queue, most: int | None) -> None:
         """Answer requests; a buffer for statistics is kept until they are wanted again."""
         if queue.index != STATISTICS or not self.features & Feature.STATS_VQ:

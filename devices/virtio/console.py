@@ -129,7 +129,9 @@ class Console(VirtioDevice):
             return 0
         done = 0
         try:
-            while done < len(data):
+            for _ in range(queue.size):
+                if done == len(data):
+                    break
                 chain = queue.pop()
                 if chain is None:
                     if queue.expect_kicks():
@@ -138,6 +140,8 @@ class Console(VirtioDevice):
                 written = chain.scatter(memoryview(data)[done:])
                 done += written
                 queue.push(chain, written)
+            else:
+                self.runner.kick(queue.index)  # others have their turn, then the host may offer the rest
         except BrokenQueueError as error:
             self.fail(queue, error)
         queue.notify_driver()
@@ -146,9 +150,7 @@ class Console(VirtioDevice):
     def resize(self, columns: int, rows: int) -> None:
         """Tell the guest the console's new size."""
         self._columns, self._rows = columns, rows
-        if not self.is_active:
-            return
-        if self.features & _MULTIPORT:
+        if self.is_active and self.features & _MULTIPORT:
             self._tell(0, Event.RESIZE, 0, _RESIZE.pack(columns, rows))
         self.transport.config_changed()
 
@@ -174,6 +176,12 @@ class Console(VirtioDevice):
         self._messages.clear()
         self._guest_open = [False] * len(self.ports)
         self._sent = [0] * len(self.ports)
+
+    def disable(self, queue: Queue) -> None:
+        """Forget how much of a transmit queue's first chain has been sent."""
+        super().disable(queue)
+        if queue.index % 2 and queue.index != CONTROL_TX:
+            self._sent[max(queue.index // 2 - 1, 0)] = 0
 
     # --- for the runner -----------------------------------------------------------------------------------------------
 

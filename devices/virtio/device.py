@@ -99,6 +99,10 @@ class VirtioDevice:
         for queue in self.queues:
             queue.reset()
 
+    def disable(self, queue: Queue) -> None:
+        """Take a queue out of use (4.2.2.2) and forget what is held of it. The runner has stopped before this."""
+        queue.reset()
+
     # --- for the runner -----------------------------------------------------------------------------------------------
 
     def short_cut(self) -> DiskShortCut | TapShortCut | None:

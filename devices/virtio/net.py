@@ -105,7 +105,10 @@ class Net(VirtioDevice):
 
     def activate(self, features: int) -> None:
         """Begin: the host may send what this driver understands."""
-        self.backend.set_offloads(features)
+        try:
+            self.backend.set_offloads(features)
+        except OSError as error:  # segments without checksums (against 5.1.3.1), or the interface is gone
+            self.log.once("net.offloads", error.errno, why=error.strerror)
         super().activate(features)
 
     def reset(self) -> None:

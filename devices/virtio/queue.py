@@ -30,8 +30,8 @@ IN_ORDER: Final = 1 << 35
 
 MAX_SIZE: Final = 1 << 15
 """The largest queue size that the ring's 16-bit indices allow (2.7)."""
-MAX_CHAIN_BYTES: Final = 1 << 32
-"""No chain is longer in total (2.7.5.2)."""
+MAX_CHAIN_BYTES: Final = (1 << 32) - 1
+"""No chain is longer in total: 2.7.5.2 allows one byte more, but the used ring could not say that it was filled."""
 
 _NEXT: Final = 1
 _WRITE: Final = 2

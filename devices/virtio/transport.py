@@ -245,7 +245,7 @@ class VirtioTransport:
         if queue is None or not queue.is_enabled:
             return
         self._runner.stop()
-        queue.reset()
+        self.device.disable(queue)
         if self.device.is_active:
             self._runner.start()
 

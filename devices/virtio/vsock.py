@@ -356,7 +356,10 @@ class Vsock(VirtioDevice):
         """Fill receive buffers with replies, then with data, a packet a connection in turn."""
         queue.ignore_kicks()
         try:
-            while self._replies or self._ready:
+            for _ in range(queue.size):
+                if not self._replies and not self._ready:
+                    queue.expect_kicks()
+                    return
                 chain = queue.pop()
                 if chain is None:
                     if queue.expect_kicks():
@@ -369,7 +372,7 @@ class Vsock(VirtioDevice):
                     queue.unpop()
                 else:
                     queue.push(chain, chain.scatter(packet))
-            queue.expect_kicks()
+            self.runner.kick(RX)
         finally:
             queue.notify_driver()
 

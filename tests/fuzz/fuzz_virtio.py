@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
 with atheris.instrument_imports(include=["devices"]):
     from faulty_image import FaultyImage
     from test_virtio_vsock import End
-    from virtio_driver import LOW, NEEDS_RESET, Driver, FakeRam, FakeSignal, InlineRunner
+    from virtio_driver import LOW, NEEDS_RESET, Driver, FakeRam, FakeSignal
 
     from devices.backends.errors import BackendError
     from devices.backends.net import Nowhere
@@ -124,17 +124,17 @@ def fuzz_queue(data: bytes) -> None:
 
 
 def fuzz_registers(data: bytes) -> None:
-    """Any accesses to a device's registers, on PCI through configuration space and BAR, and on MMIO."""
+    """Any accesses to any device's registers, on PCI through configuration space and BAR, and on MMIO."""
     source = atheris.FuzzedDataProvider(data)
     ram = FakeRam()
-    device = MODELS["rng"](ram)
-    runner = InlineRunner()
-    runner.device = device
+    device = MODELS[source.PickValueInList(sorted(MODELS))](ram)
+    driver = Driver(device, ram, start=False)
     window = range(0xE0000000, 0xE0100000)
     target: Any
     if source.ConsumeBool():
         bus = PciBus(window)
-        function = VirtioPci(device, runner, [FakeRouted()], FakeRouted())
+        function = VirtioPci(device, driver.runner, [FakeRouted() for _ in device.queues], FakeRouted())
+        driver.transport = function.transport
         bus.add(1, 0, function)
         function.place_bars(lambda _: window.start)
         ports, memory = PciConfigPorts(bus, on_reset=lambda: None), PciMemoryWindow(bus)
@@ -143,7 +143,10 @@ def fuzz_registers(data: bytes) -> None:
         target = [ports, memory]
         limits = [8, 0x8000]
     else:
-        target, limits = [VirtioMmio(device, runner, FakeSignal())], [0x200]
+        driver.transport = VirtioMmio(device, driver.runner, FakeSignal())
+        target, limits = [driver.transport], [0x200]
+    if source.ConsumeBool():
+        driver.start()
     while source.remaining_bytes() > 4:
         which = source.ConsumeIntInRange(0, len(target) - 1)
         size = 1 << source.ConsumeIntInRange(0, 3)
@@ -154,7 +157,9 @@ def fuzz_registers(data: bytes) -> None:
             target[which].read(offset, size)
         else:
             target[which].write(offset, size, source.ConsumeInt(size) & (1 << 8 * size) - 1)
-    assert runner.served < 100000
+    assert driver.runner.served < 100000
+    driver.start()
+    assert driver.transport.status == 0xF
 
 
 class FakeRouted(FakeSignal):

@@ -4,9 +4,11 @@ The driver and the device take turns at any point, and also where it hurts: whil
 after it has asked for a kick, and before and after it has looked whether an interrupt is wanted (2.7.7, 2.7.10).
 """
 
+import itertools
 from collections import deque
 from struct import pack
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -181,25 +183,48 @@ class LegalDriver(RuleBasedStateMachine):
         st.booleans(),
     )
 
-    @precondition(lambda self: self.ours.free and not self.plans)
+    @precondition(lambda self: self.ours.free)
     @rule(chain=st.tuples(*chains))
     def add(self, chain):
         if chain[0] or chain[1]:
             self.offer(*chain)
 
+    @rule(batch=st.lists(st.tuples(*chains), min_size=1, max_size=6), at_once=st.booleans())
+    def send(self, batch, at_once):
+        for chain in batch:
+            if self.ours.free:
+                self.add(chain)
+            if not at_once:
+                self.show()
+        self.show()
+
+    @rule(batch=st.lists(st.tuples(*chains), min_size=1, max_size=6))
+    def ask(self, batch):
+        self.send(batch, at_once=True)
+        self.serve()
+        self.take()
+
     @rule()
     def publish(self):
         self.show()
 
-    @precondition(lambda self: self.ours.free and not self.plans)
-    @rule(chain=st.tuples(*chains), after=st.integers(0, 5), sleep=st.booleans())
-    def add_while_the_device_is_at_work(self, chain, after, sleep):
-        self.add(chain)
+    @rule(
+        shown=st.lists(st.tuples(*chains), max_size=3),
+        later=st.lists(st.tuples(*chains), max_size=2),
+        plan=st.lists(st.tuples(st.integers(0, 6), st.sampled_from(["show", "sleep"])), min_size=1, max_size=2),
+    )
+    def race(self, shown, later, plan):
+        """Show more chains, or fall asleep, while the device is at work."""
+        self.send(shown, at_once=True)
+        for chain in later:
+            if self.ours.free:
+                self.add(chain)
         self.driver.transport.kick(0)
-        self.plans += [lambda: None] * after
-        self.plans.append(self.show)
-        if sleep:
-            self.plans.append(self.fall_asleep)
+        if not self.sleeping:
+            self.ours.want_interrupt(wanted=False)
+        for moments, act in plan:
+            self.plans += [lambda: None] * moments
+            self.plans.append(self.show if act == "show" else self.fall_asleep)
         self.serve()
         while self.plans:
             self.moment()
@@ -280,4 +305,25 @@ class LegalDriver(RuleBasedStateMachine):
 
 
 TestLegalDriver = LegalDriver.TestCase
-TestLegalDriver.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLegalDriver.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+CHAIN = b"abc", 3, [], 0, True
+ACTS = [*itertools.product(range(7), ["show", "sleep"])]
+
+
+@pytest.mark.parametrize("features", [F_INDIRECT, F_INDIRECT | F_EVENT_IDX])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_every_interleaving_of_one_batch(features, size):
+    """What the machine above finds by luck: with a full queue and with room, one or two acts at any moments."""
+    for plan in [*zip(ACTS), *itertools.product(ACTS, ACTS[:6])]:
+        for before in (0, 1):
+            machine = LegalDriver()
+            machine.begin(features, size, 0)
+            machine.ask([CHAIN] * before)
+            machine.race([CHAIN] * 2, [CHAIN], list(plan))
+            machine.a_driver_sleeps_only_while_nothing_is_used_or_an_interrupt_is_due()
+            machine.take()
+            machine.send([CHAIN], at_once=True)
+            machine.a_chain_waits_only_while_a_kick_is_due()
+            machine.teardown()
