@@ -22,8 +22,12 @@ __all__ = ["DataPath", "LoopRunner", "ThreadRunner"]
 class DataPath(Protocol):
     """A queue's hot loop outside the GIL: see `hypervisor.kvm.dataplane`."""
 
+    @property
+    def head(self) -> int | None:
+        """The head of the chain that `run` wants done; None: the queue's next one."""
+
     def run(self) -> int:
-        """Serve until a queue needs its device model, whose index is returned; -1 after `stop`."""
+        """Serve until a queue needs its device model for one chain; returns the queue's index, -1 after `stop`."""
 
     def stop(self) -> None:
         """Make `run` return soon, now or when it is called next."""
@@ -157,6 +161,6 @@ class ThreadRunner(Doorbells):
                     os.eventfd_read(self.kick_fds[index])
                     self.device.serve(index)
                 elif (wanted := path.run()) >= 0:
-                    self.device.serve(wanted, most=1)
+                    self.device.serve(wanted, most=1, head=path.head)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run ends with it
             self._on_fault(error)

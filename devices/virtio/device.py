@@ -109,13 +109,24 @@ class VirtioDevice:
         """Return what a data path outside Python may do by itself now that the device is active; None: nothing."""
         return None
 
-    def serve(self, index: int, most: int | None = None) -> None:
-        """Do what there is to do in queue `index`; at most `most` chains (None: until there is no more for now)."""
+    def serve(self, index: int, most: int | None = None, head: int | None = None) -> None:
+        """Do what there is to do in queue `index`.
+
+        Args:
+            index: the queue's number.
+            most: do at most so many chains; None: until there is no more for now.
+            head: do this chain instead, which a data path has taken and could not do.
+        """
         queue = self.queues[index]
         if not self.is_active or not queue.is_enabled:
             return
         try:
-            self.handle_queue(queue, most)
+            if head is None:
+                self.handle_queue(queue, most)
+            else:
+                chain = queue.chain(head)
+                queue.push(chain, self.handle(queue, chain))
+                queue.notify_driver()
         except BrokenQueueError as error:
             self.fail(queue, error)
 

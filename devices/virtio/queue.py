@@ -200,7 +200,7 @@ class Queue:
             return None
         if ahead > self.size:
             raise BrokenQueueError(f"available idx is {ahead} ahead of a queue of {self.size}")
-        chain = self._chain(self._available[2 + (position & self._mask)])
+        chain = self.chain(self._available[2 + (position & self._mask)])
         cursor[NEXT_AVAILABLE] = (position + 1) & 0xFFFF
         return chain
 
@@ -208,8 +208,8 @@ class Queue:
         """Give the `count` chains that were popped last back: the next `pop` returns the first of them again."""
         self.cursor[NEXT_AVAILABLE] = (self.cursor[NEXT_AVAILABLE] - count) & 0xFFFF
 
-    def _chain(self, head: int) -> Chain:
-        """Walk the chain from descriptor `head` (2.7.5)."""
+    def chain(self, head: int) -> Chain:
+        """Walk the chain from descriptor `head` (2.7.5); raises BrokenQueueError when it is malformed."""
         chain = Chain(head)
         table = self._table
         size = limit = self.size

@@ -17,8 +17,8 @@ for part in ("kvm.cdef", "dataplane.cdef"):
 ffibuilder.set_source(
     "hypervisor.kvm._kvm",
     '#include "runloop.h"\n#include "dataplane.h"\n',
-    sources=[str(PACKAGE / f"{name}.c") for name in ("runloop", "vring", "diskpath", "tappath")],
-    depends=[str(PACKAGE / name) for name in ("runloop.h", "dataplane.h", "kvm.cdef", "dataplane.cdef")],
+    sources=[str(PACKAGE / f"{name}.c") for name in ("runloop", "vring", "uring", "diskpath", "tappath")],
+    depends=[str(PACKAGE / name) for name in ("runloop.h", "dataplane.h", "uring.h", "kvm.cdef", "dataplane.cdef")],
     include_dirs=[str(HERE)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-std=gnu11"],
 )

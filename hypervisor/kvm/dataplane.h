@@ -8,7 +8,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#define HV_STOPPED (-1) /* what the loops return after hv_path_stop; else the number of a queue that needs its model */
+#define HV_STOPPED (-1) /* what the loops return when told to stop; else the number of a queue that needs its model */
+#define HV_NEXT (-1)    /* hv_path.head: the model is to do the next chain, else the one with this head, taken already */
 #define HV_RAM_RANGES 4
 #define HV_PIECES 1024 /* descriptors of one chain: as many as readv takes */
 #define HV_WINDOW 64   /* receive buffers that are looked at ahead */
@@ -37,6 +38,10 @@ struct hv_path {
     uint64_t sectors;
     struct hv_queue queue[2]; /* a disk's, or receive and transmit */
     uint64_t requests, bytes, drops;
+    uint64_t sent;        /* a disk's reads that went to io_uring */
+    int32_t head;         /* when a disk's loop returns a queue's number: HV_NEXT or a head */
+    uint32_t waits;       /* the disk's file cannot tell whether a read would wait */
+    struct hv_disk *disk; /* what is on its way */
 };
 
 struct hv_chain {
@@ -54,7 +59,10 @@ void hv_queue_notify(struct hv_queue *queue);
 void hv_queue_ignore_kicks(struct hv_queue *queue);
 int hv_queue_expect_kicks(struct hv_queue *queue, uint32_t beyond);
 
+int hv_queue_has(const struct hv_queue *queue, uint32_t ahead);
+
 int hv_disk_run(struct hv_path *path);
+void hv_disk_close(struct hv_path *path);
 int hv_tap_run(struct hv_path *path);
 
 #endif

@@ -25,7 +25,7 @@ class _Path:
 
     Attributes:
         run: serve until a queue needs its device model for one chain, and return its number; STOPPED after `stop`.
-            Releases the GIL, and is for one thread at a time.
+            Releases the GIL, and is for one thread at a time. Nothing is on its way to the host when it returns.
     """
 
     def __init__(self, ram: Sequence[tuple[int, int, int]], queues: Sequence[tuple[Queue, int]], fd: int) -> None:
@@ -79,6 +79,11 @@ class _Path:
             self._stop_fd = -1
 
     @property
+    def head(self) -> int | None:
+        """The head of the chain that `run` wants done; None: the queue's next one, which is not taken yet."""
+        return None
+
+    @property
     def requests(self) -> int:
         """Requests or frames answered."""
         count: int = self._c.requests
@@ -106,6 +111,23 @@ class DiskPath(_Path):
         self._c.sectors = short.sectors
         self._c.readonly = short.readonly
         self.run = partial(lib.hv_disk_run, self._c)
+
+    def close(self) -> None:
+        """Give everything back; nobody is in `run`."""
+        super().close()
+        lib.hv_disk_close(self._c)
+
+    @property
+    def head(self) -> int | None:
+        """The head of the chain that `run` wants done; None: the queue's next one, which is not taken yet."""
+        head: int = self._c.head
+        return None if head == lib.HV_NEXT else head
+
+    @property
+    def sent(self) -> int:
+        """Reads that could not be done at once, and were left to io_uring."""
+        count: int = self._c.sent
+        return count
 
 
 class TapPath(_Path):

@@ -110,6 +110,12 @@ int hv_queue_next(const struct hv_path *path, const struct hv_queue *queue, uint
     }
 }
 
+/* Whether there is a chain `ahead` behind the next one. */
+int hv_queue_has(const struct hv_queue *queue, uint32_t ahead)
+{
+    return (uint16_t)(load16(queue->available + 2) - queue->cursor[NEXT_AVAILABLE]) > ahead;
+}
+
 /* The next `count` chains have been looked at and will be given back. */
 void hv_queue_take(struct hv_queue *queue, uint32_t count)
 {

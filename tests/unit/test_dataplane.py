@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import random
 import socket
 import threading
 from struct import pack, unpack_from
@@ -88,9 +89,9 @@ def driver_of(device, ram, features):
 class Disk:
     """A disk over a file, its driver, and its path."""
 
-    def __init__(self, folder, *, features=F_EVENT_IDX | F_INDIRECT | 1 << 9):
+    def __init__(self, folder, *, features=F_EVENT_IDX | F_INDIRECT | 1 << 9, size=SECTORS * SECTOR):
         self.file = folder / "disk"
-        self.file.write_bytes(b"".join(bytes([number]) * SECTOR for number in range(SECTORS)))
+        self.file.write_bytes(b"".join(bytes([number & 255]) * SECTOR for number in range(size // SECTOR)))
         self.ram = Ram()
         self.image = RawImage(str(self.file))
         device = Block("blk0", self.ram, self.image, log=EventLog())
@@ -257,6 +258,118 @@ def test_the_path_and_the_model_answer_alike(tmp_path_factory, data):
     finally:
         for disk in disks:
             disk.close()
+
+
+LARGE = 256 << 10
+"""From this size on reads are left to the kernel's threads when others wait behind them."""
+
+
+def large_disk(folder, size):
+    """A disk of random bytes, and those."""
+    disk = Disk(folder, size=size)
+    content = random.Random(size).randbytes(size)
+    disk.file.write_bytes(content)
+    return disk, content
+
+
+def finish(disk):
+    """Run the path until it has nothing to do, with the model's help; return all it gave back."""
+    used = []
+    while run_once(disk) == 0:
+        disk.driver.device.serve(0, most=1, head=disk.path.head)
+    used += disk.driver.queues[0].collect()
+    return used
+
+
+def test_large_reads_go_side_by_side(tmp_path):
+    """They may come back in any order, each with its own bytes; small ones and writes between them too."""
+    disk, content = large_disk(tmp_path, 2 * LARGE)
+    try:
+        heads = {}
+        for sector, size in ((0, LARGE), (7, SECTOR), (LARGE // SECTOR, LARGE)):
+            head, target = disk.request(IN, sector, room=size, cuts=(5000, size - 5000) if size > 5000 else (size,))
+            heads[head] = sector * SECTOR, size, target
+        written, _ = disk.request(OUT, 9, b"w" * SECTOR, cuts=(16,))
+        used = finish(disk)
+        assert sorted(used) == sorted([(written, 1), *((head, size + 1) for head, (_, size, _) in heads.items())])
+        for offset, size, target in heads.values():
+            got = disk.ram.read(target, size + 1)
+            expected = bytearray(content[offset : offset + size] + b"\0")
+            if offset == 0:  # it was in flight beside the write: either is right
+                expected[9 * SECTOR : 10 * SECTOR] = got[9 * SECTOR : 10 * SECTOR]
+            assert got == expected
+        assert disk.path.sent == 2  # the last one had none behind it; the small one and the write were done at once
+        assert disk.path.requests == 4
+    finally:
+        disk.close()
+
+
+def test_what_fails_on_its_way_is_done_anew_by_the_model(tmp_path):
+    """The file ends in the middle of one large read and before another: both fail, and the rest goes on."""
+    disk, content = large_disk(tmp_path, 2 * LARGE)
+    try:
+        os.truncate(disk.file, LARGE - SECTOR)
+        _, first = disk.request(IN, 0, room=LARGE, cuts=(LARGE,))
+        _, second = disk.request(IN, LARGE // SECTOR, room=LARGE, cuts=(LARGE,))
+        _, third = disk.request(IN, 1, room=SECTOR, cuts=(SECTOR,))
+        used = finish(disk)
+        assert len(used) == 3
+        assert disk.ram.read(first + LARGE, 1) == disk.ram.read(second + LARGE, 1) == b"\1"
+        assert disk.ram.read(third, SECTOR + 1) == content[SECTOR : 2 * SECTOR] + b"\0"
+    finally:
+        disk.close()
+
+
+def test_stop_waits_for_what_is_on_its_way(tmp_path):
+    disk, content = large_disk(tmp_path, 2 * LARGE)
+    try:
+        _, first = disk.request(IN, 0, room=LARGE, cuts=(LARGE,))
+        _, second = disk.request(IN, LARGE // SECTOR, room=LARGE, cuts=(LARGE,))
+        results = []
+        thread = threading.Thread(target=lambda: results.append(disk.path.run()))
+        thread.start()
+        while not disk.path.sent:
+            pass
+        disk.path.stop()
+        thread.join()
+        assert results == [STOPPED]
+        used = disk.driver.queues[0].collect()
+        targets = (first, second)[: len(used)]  # the second may not have been begun
+        assert used
+        for number, target in enumerate(targets):
+            assert disk.ram.read(target, LARGE + 1) == content[number * LARGE : (number + 1) * LARGE] + b"\0"
+    finally:
+        disk.close()
+
+
+def test_reads_that_wait_for_the_disk_do_so_together(tmp_path):
+    """What the host's cache does not hold is left to the kernel; where its file system tells, we see that it was."""
+    size, reads = 4 << 20, 12
+    disk, content = large_disk(tmp_path, size)
+    fd = os.open(disk.file, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, size, os.POSIX_FADV_DONTNEED)
+        expected = {}
+        for number in range(reads):
+            sector = number * 600
+            head, target = disk.request(IN, sector, room=2 * SECTOR, cuts=(SECTOR, SECTOR), indirect=True)
+            expected[head] = target, content[sector * SECTOR : (sector + 2) * SECTOR] + b"\0"
+        os.posix_fadvise(fd, 0, size, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(fd, [bytearray(SECTOR)], size - SECTOR, os.RWF_NOWAIT)
+            tells = False
+        except BlockingIOError:
+            tells = True
+        except OSError:
+            tells = False
+        assert sorted(finish(disk)) == [(head, 2 * SECTOR + 1) for head in sorted(expected)]
+        for target, data in expected.values():
+            assert disk.ram.read(target, len(data)) == data
+        assert disk.path.sent > 0 or not tells
+    finally:
+        os.close(fd)
+        disk.close()
 
 
 def run_once(disk):

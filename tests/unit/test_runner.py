@@ -24,13 +24,15 @@ class Device:
         self.queues = [Queue() for _ in range(queues)]
         self.is_active = True
         self.served = []
+        self.heads = []
         self.changed = threading.Condition()
         self.lock = None
 
-    def serve(self, index, most=None):
+    def serve(self, index, most=None, head=None):
         assert self.lock is None or self.lock.locked()
         with self.changed:
             self.served.append((index, most, threading.current_thread().name))
+            self.heads.append(head)
             self.changed.notify_all()
 
     def wait_for(self, count):
@@ -118,6 +120,8 @@ def test_a_group_with_a_disabled_queue_has_no_thread():
 class Path:
     """A data path that waits for kicks and leaves the first one to the model."""
 
+    head = 7
+
     def __init__(self, fds):
         self.fds = fds
         self.kicks = 0
@@ -148,6 +152,7 @@ def test_a_data_path_leaves_single_chains_to_the_model():
     runner.kick(0)
     runner.stop()
     assert device.served == [(1, 1, "hv-dev0-0")]
+    assert device.heads == [7]
     runner.close()
 
 
