@@ -201,7 +201,9 @@ struct hv_vcpu *hv_vcpu_new(int fd, size_t run_size, struct hv_bus *bus)
     if (!vcpu)
         return NULL;
     vcpu->run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (vcpu->run == MAP_FAILED) {
+    if (vcpu->run == MAP_FAILED || hv_recorder_init(&vcpu->recorder)) {
+        if (vcpu->run != MAP_FAILED)
+            munmap(vcpu->run, run_size);
         free(vcpu);
         return NULL;
     }
@@ -214,6 +216,7 @@ struct hv_vcpu *hv_vcpu_new(int fd, size_t run_size, struct hv_bus *bus)
 void hv_vcpu_free(struct hv_vcpu *vcpu)
 {
     munmap(vcpu->run, vcpu->run_size);
+    hv_recorder_free(&vcpu->recorder);
     free(vcpu);
 }
 
@@ -241,12 +244,6 @@ void hv_vcpu_kick(struct hv_vcpu *vcpu)
     int tid = atomic_load(&vcpu->tid);
     if (tid)
         syscall(SYS_tgkill, getpid(), tid, KICK_SIGNAL);
-}
-
-static void record(struct hv_vcpu *vcpu, uint64_t tick, uint8_t kind, uint8_t size, uint64_t address, uint64_t value)
-{
-    struct hv_record *entry = &vcpu->recent[vcpu->recent_count++ & (HV_RECENT - 1)];
-    *entry = (struct hv_record){ tick, address, value, (uint8_t)vcpu->reason, kind, size };
 }
 
 static uint64_t load(const void *from, uint32_t size)
@@ -279,7 +276,7 @@ static uint64_t step_pio(struct hv_vcpu *vcpu)
             else
                 memset(element, 0xff, size);
             vcpu->element++;
-            vcpu->answered_in_c++;
+            vcpu->recorder.answered_in_c++;
         }
         return 0;
     }
@@ -288,12 +285,12 @@ static uint64_t step_pio(struct hv_vcpu *vcpu)
         if (kind >= HV_RING0 && size == 1) {
             uint32_t pushed = hv_ring_push(bus->rings[kind - HV_RING0], data + vcpu->element, count - vcpu->element);
             vcpu->element += pushed;
-            vcpu->answered_in_c += pushed;
+            vcpu->recorder.answered_in_c += pushed;
             if (vcpu->element == count)
                 break;
             /* a full ring: this element takes the way through Python, which empties it */
         } else if (kind == 0) {
-            vcpu->answered_in_c += count - vcpu->element;
+            vcpu->recorder.answered_in_c += count - vcpu->element;
             vcpu->element = count;
             break;
         }
@@ -311,7 +308,7 @@ static uint64_t step_mmio(struct hv_vcpu *vcpu)
     if (!bus_has_window(vcpu->bus, run->mmio.phys_addr)) {
         if (!run->mmio.is_write)
             memset(run->mmio.data, 0xff, sizeof run->mmio.data);
-        vcpu->answered_in_c++;
+        vcpu->recorder.answered_in_c++;
         return 0;
     }
     vcpu->address = run->mmio.phys_addr;
@@ -362,6 +359,38 @@ static void save_exit_words(struct hv_vcpu *vcpu)
     }
 }
 
+/* Have KVM leave RIP and CR3 in kvm_run at this entry's exit, if it is one to sample. */
+static int wants_place(struct hv_vcpu *vcpu)
+{
+    struct hv_recorder *recorder = &vcpu->recorder;
+    int wanted = recorder->every && !recorder->until_sample--;
+    if (wanted)
+        recorder->until_sample = recorder->every - 1;
+    vcpu->run->kvm_valid_regs = wanted ? KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS : 0;
+    return wanted;
+}
+
+/* Note the exit of which kvm_run tells, at `now` after `ran` ticks in the guest. */
+static void note_exit(struct hv_vcpu *vcpu, uint64_t now, uint64_t ran, int has_place)
+{
+    struct kvm_run *run = vcpu->run;
+    struct hv_record exit = { .tick = now, .operations = 1, .kind = HV_EXIT };
+    exit.reason = vcpu->reason < UINT8_MAX ? (uint8_t)vcpu->reason : UINT8_MAX;
+    if (vcpu->reason == KVM_EXIT_IO) {
+        exit.kind = run->io.direction == KVM_EXIT_IO_IN ? HV_PIO_IN : HV_PIO_OUT;
+        exit.size = run->io.size;
+        exit.address = run->io.port;
+        exit.operations = run->io.count;
+    } else if (vcpu->reason == KVM_EXIT_MMIO) {
+        exit.kind = run->mmio.is_write ? HV_MMIO_WRITE : HV_MMIO_READ;
+        exit.size = (uint8_t)run->mmio.len;
+        exit.address = run->mmio.phys_addr;
+    }
+    hv_record_exit(&vcpu->recorder, &exit, ran, vcpu->reason == KVM_EXIT_INTR);
+    if (has_place)
+        hv_record_place(&vcpu->recorder, run->s.regs.regs.rip, run->s.regs.sregs.cr3);
+}
+
 /* Run until Python is needed. `reply` answers the read that the last call returned; else it is ignored. */
 uint64_t hv_vcpu_run(struct hv_vcpu *vcpu, uint64_t reply)
 {
@@ -369,39 +398,33 @@ uint64_t hv_vcpu_run(struct hv_vcpu *vcpu, uint64_t reply)
     uint64_t wanted = 0;
     if (vcpu->awaited)
         answer(vcpu, reply);
-    if (vcpu->left_at && vcpu->reason == KVM_EXIT_IO && (wanted = step_pio(vcpu)))
+    if (vcpu->reason == KVM_EXIT_IO && (wanted = step_pio(vcpu)))
         return wanted;
     for (;;) {
+        int has_place = wants_place(vcpu);
         uint64_t entered_at = __rdtsc();
-        if (vcpu->left_at)
-            vcpu->vmm_ticks[vcpu->reason < HV_REASONS ? vcpu->reason : HV_REASONS - 1] += entered_at - vcpu->left_at;
-        vcpu->left_at = 0;
+        hv_record_entry(&vcpu->recorder, entered_at);
         int result = ioctl(vcpu->fd, KVM_RUN, NULL);
         int error = errno;
         uint64_t now = __rdtsc();
-        vcpu->guest_ticks += now - entered_at;
         if (result < 0) {
             if (error == EAGAIN) /* an AP that has just been sent INIT or SIPI */
                 continue;
+            vcpu->reason = KVM_EXIT_INTR;
             if (error != EINTR)
                 return HV_FAILED | (uint64_t)error << 8;
+            note_exit(vcpu, now, now - entered_at, 0);
             __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
             return HV_INTERRUPTED;
         }
         vcpu->reason = (int)run->exit_reason;
-        vcpu->exits[vcpu->reason < HV_REASONS ? vcpu->reason : HV_REASONS - 1]++;
-        vcpu->left_at = now;
+        note_exit(vcpu, now, now - entered_at, has_place);
         if (vcpu->reason == KVM_EXIT_IO) {
-            record(vcpu, now, run->io.direction == KVM_EXIT_IO_IN ? HV_PIO_IN : HV_PIO_OUT, run->io.size, run->io.port,
-                   run->io.count);
             vcpu->element = 0;
             wanted = step_pio(vcpu);
         } else if (vcpu->reason == KVM_EXIT_MMIO) {
-            record(vcpu, now, run->mmio.is_write ? HV_MMIO_WRITE : HV_MMIO_READ, (uint8_t)run->mmio.len,
-                   run->mmio.phys_addr, 1);
             wanted = step_mmio(vcpu);
         } else {
-            record(vcpu, now, HV_EXIT, 0, 0, 0);
             save_exit_words(vcpu);
             wanted = HV_EXIT | (uint64_t)(uint32_t)vcpu->reason << 8;
         }

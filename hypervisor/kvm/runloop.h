@@ -2,6 +2,8 @@
 #ifndef HV_RUNLOOP_H
 #define HV_RUNLOOP_H
 
+#include "recorder.h"
+
 #include <linux/kvm.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -25,9 +27,7 @@
 #define HV_RINGS 16
 
 #define HV_WINDOWS 256
-#define HV_REASONS 64    /* exit reasons that are counted one by one; larger ones share the last */
 #define HV_EXIT_WORDS 18 /* facts of an exit that ends the run: see hv_vcpu_run */
-#define HV_RECENT 64     /* the last exits, for the story of a death; a power of two */
 
 struct hv_ring; /* a bounded byte queue: any number of writers, one reader */
 
@@ -42,24 +42,16 @@ struct hv_bus {
     struct hv_ring *rings[HV_RINGS];
 };
 
-struct hv_record {
-    uint64_t tick, address, value;
-    uint8_t reason, kind, size;
-};
-
 struct hv_vcpu {
     uint64_t address, value;            /* of the memory access that was returned */
     uint64_t exit_words[HV_EXIT_WORDS]; /* of the HV_EXIT that was returned */
-    uint64_t exits[HV_REASONS], vmm_ticks[HV_REASONS], guest_ticks, answered_in_c;
-    uint64_t recent_count;
-    struct hv_record recent[HV_RECENT];
+    struct hv_recorder recorder;
     /* private */
     struct kvm_run *run;
     struct hv_bus *bus;
     size_t run_size;
     int fd, reason;
     uint32_t element, awaited; /* of a string instruction: the next element; whether Python owes an answer */
-    uint64_t left_at;          /* tick of the last exit; 0 when none is being handled */
     _Atomic int tid;
 };
 

@@ -24,6 +24,7 @@ FAILED: Final[int] = lib.HV_FAILED
 
 EXIT_UNKNOWN: Final[int] = lib.KVM_EXIT_UNKNOWN
 EXIT_HLT: Final[int] = lib.KVM_EXIT_HLT
+EXIT_INTR: Final[int] = lib.KVM_EXIT_INTR
 EXIT_SHUTDOWN: Final[int] = lib.KVM_EXIT_SHUTDOWN
 EXIT_FAIL_ENTRY: Final[int] = lib.KVM_EXIT_FAIL_ENTRY
 EXIT_INTERNAL_ERROR: Final[int] = lib.KVM_EXIT_INTERNAL_ERROR
@@ -138,21 +139,26 @@ class Vcpu:
 
     @property
     def exit_counts(self) -> dict[int, int]:
-        """Exits so far by KVM_EXIT_ reason."""
-        return {reason: count for reason, count in enumerate(self._c.exits) if count}
+        """Exits so far by KVM_EXIT_ reason, but for those that a kick of ours caused."""
+        recorder = self._c.recorder
+        counts: dict[int, int] = {}
+        for row in recorder.row[0 : recorder.row_count]:
+            counts[row.reason] = counts.get(row.reason, 0) + row.count
+        counts.pop(EXIT_INTR, None)
+        return counts
 
     @property
     def ticks(self) -> tuple[int, int]:
         """TSC ticks spent in the guest (KVM included) and in answering exits."""
-        return self._c.guest_ticks, sum(self._c.vmm_ticks)
+        return self._c.recorder.guest_ticks, self._c.recorder.handler_ticks
 
     @property
     def recent_exits(self) -> list[ExitRecord]:
         """The last exits (at most 64), oldest first."""
-        count = self._c.recent_count
+        count = self._c.recorder.recent_count
         kept = min(count, lib.HV_RECENT)
-        rows = (self._c.recent[i % lib.HV_RECENT] for i in range(count - kept, count))
-        return [ExitRecord(r.tick, r.reason, r.kind, r.size, r.address, r.value) for r in rows]
+        rows = (self._c.recorder.recent[i % lib.HV_RECENT] for i in range(count - kept, count))
+        return [ExitRecord(r.tick, r.reason, r.kind, r.size, r.address, r.operations) for r in rows]
 
     # --- state --------------------------------------------------------------------------------------------------------
 
