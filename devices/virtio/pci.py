@@ -6,6 +6,7 @@ status, notifications, and MSI-X's table and pending bits.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from struct import pack
 from typing import TYPE_CHECKING, Final
 
@@ -20,12 +21,34 @@ if TYPE_CHECKING:
     from devices.ports import RoutedSignal
     from devices.virtio.device import Runner, VirtioDevice
 
-__all__ = ["BAR", "BAR_SIZE", "MAX_QUEUES", "VirtioPci"]
+__all__ = ["BAR", "BAR_SIZE", "MAX_QUEUES", "Common", "VirtioPci"]
 
 BAR: Final = 0
 """The BAR that is used."""
 BAR_SIZE: Final = 0x8000
 """How much it decodes, in bytes."""
+
+
+class Common(IntEnum):
+    """Offsets in struct virtio_pci_common_cfg, by the names of 4.1.4.3."""
+
+    device_feature_select = 0  # RW, 32 bits
+    device_feature = 4  # RO, 32 bits
+    driver_feature_select = 8  # RW, 32 bits
+    driver_feature = 12  # RW, 32 bits
+    config_msix_vector = 16  # RW, 16 bits
+    num_queues = 18  # RO, 16 bits
+    device_status = 20  # RW, 8 bits
+    config_generation = 21  # RO, 8 bits
+    queue_select = 22  # RW, 16 bits
+    queue_size = 24  # RW, 16 bits
+    queue_msix_vector = 26  # RW, 16 bits
+    queue_enable = 28  # RW, 16 bits
+    queue_notify_off = 30  # RO, 16 bits
+    queue_desc = 32  # RW, 64 bits, also by halves; so are the next two
+    queue_driver = 40
+    queue_device = 48
+
 
 _PAGE: Final = 0x1000
 _COMMON, _DEVICE, _ISR, _NOTIFY, _TABLE, _PENDING = range(0, 6 * _PAGE, _PAGE)
@@ -120,35 +143,39 @@ class VirtioPci(PciFunction):
         return self.add_capability(_VENDOR_CAPABILITY, body, writable)
 
     def _describe_registers(self) -> None:
-        """Lay struct virtio_pci_common_cfg out (4.1.4.3): at an offset, the width in bytes and what an access does."""
+        """Lay struct virtio_pci_common_cfg out: at an offset, the width in bytes and what an access does."""
         transport = self.transport
         self._readers: dict[int, tuple[int, Callable[[], int]]] = {
-            0: (4, lambda: transport.device_select),
-            4: (4, lambda: transport.device_features),
-            8: (4, lambda: transport.driver_select),
-            12: (4, lambda: transport.driver_features),
-            16: (2, lambda: self._msix.vector(self._config_event)),
-            18: (2, lambda: len(self.device.queues)),
-            20: (1, lambda: transport.status),
-            21: (1, transport.read_generation),
-            22: (2, lambda: transport.queue_select),
-            24: (2, self._read_queue_size),
-            26: (2, self._read_queue_vector),
-            28: (2, lambda: int(transport.queue is not None and transport.queue.is_enabled)),
-            30: (2, lambda: transport.queue_select if transport.queue is not None else 0),
+            Common.device_feature_select: (4, lambda: transport.device_select),
+            Common.device_feature: (4, lambda: transport.device_features),
+            Common.driver_feature_select: (4, lambda: transport.driver_select),
+            Common.driver_feature: (4, lambda: transport.driver_features),
+            Common.config_msix_vector: (2, lambda: self._msix.vector(self._config_event)),
+            Common.num_queues: (2, lambda: len(self.device.queues)),
+            Common.device_status: (1, lambda: transport.status),
+            Common.config_generation: (1, transport.read_generation),
+            Common.queue_select: (2, lambda: transport.queue_select),
+            Common.queue_size: (2, self._read_queue_size),
+            Common.queue_msix_vector: (2, self._read_queue_vector),
+            Common.queue_enable: (2, lambda: int(transport.queue is not None and transport.queue.is_enabled)),
+            Common.queue_notify_off: (2, lambda: transport.queue_select if transport.queue is not None else 0),
         }
         self._writers: dict[int, tuple[int, Callable[[int], None]]] = {
-            0: (4, lambda value: setattr(transport, "device_select", value)),
-            8: (4, lambda value: setattr(transport, "driver_select", value)),
-            12: (4, transport.write_driver_features),
-            16: (2, lambda value: self._msix.map(self._config_event, value)),
-            20: (1, self._write_status),
-            22: (2, lambda value: setattr(transport, "queue_select", value)),
-            24: (2, transport.set_queue_size),
-            26: (2, self._write_queue_vector),
-            28: (2, self._write_queue_enable),
+            Common.device_feature_select: (4, lambda value: setattr(transport, "device_select", value)),
+            Common.driver_feature_select: (4, lambda value: setattr(transport, "driver_select", value)),
+            Common.driver_feature: (4, transport.write_driver_features),
+            Common.config_msix_vector: (2, lambda value: self._msix.map(self._config_event, value)),
+            Common.device_status: (1, self._write_status),
+            Common.queue_select: (2, lambda value: setattr(transport, "queue_select", value)),
+            Common.queue_size: (2, transport.set_queue_size),
+            Common.queue_msix_vector: (2, self._write_queue_vector),
+            Common.queue_enable: (2, self._write_queue_enable),
         }
-        for where, area in ((32, "descriptors"), (40, "available"), (48, "used")):
+        for where, area in (
+            (Common.queue_desc, "descriptors"),
+            (Common.queue_driver, "available"),
+            (Common.queue_device, "used"),
+        ):
             self._describe_address(where, area, 0)
             self._describe_address(where + 4, area, 32)
 
