@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Final
 
 from devices.events import EventLog
-from devices.ports import OPEN_BUS
+from devices.ports import OPEN_BUS, register_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,14 +27,14 @@ PM_TIMER_HZ: Final = 3_579_545
 class Reg(IntEnum):
     """Offsets from the first port; 6 and 7 are nobody's."""
 
-    STATUS = 0  # 16 bits, write one to clear (ACPI 6.4, 4.8.3.1.1)
-    ENABLE = 2  # 16 bits, RW (4.8.3.1.2)
-    CONTROL = 4  # 16 bits, RW (4.8.3.2.1)
-    TIMER = 8  # 32 bits, RO (4.8.3.3)
+    PM1_STS = 0  # 16 bits, write one to clear (ACPI 6.4, 4.8.3.1.1)
+    PM1_EN = 2  # 16 bits, RW (4.8.3.1.2)
+    PM1_CNT = 4  # 16 bits, RW (4.8.3.2.1)
+    PM_TMR = 8  # 32 bits, RO (4.8.3.3)
 
 
 class Pm1Event(IntFlag):
-    """Bits of STATUS and ENABLE that this platform has. The sleep button is not among them: see the FADT."""
+    """Bits of PM1_STS and PM1_EN that this platform has. The sleep button is not among them: see the FADT."""
 
     TMR = 1 << 0  # the timer's top bit has toggled
     GBL = 1 << 5  # the firmware released the global lock: never, but a guest enables it
@@ -43,7 +43,7 @@ class Pm1Event(IntFlag):
 
 
 class Pm1Control(IntFlag):
-    """Bits of CONTROL."""
+    """Bits of PM1_CNT."""
 
     SCI_EN = 1 << 0  # RO here
     BM_RLD = 1 << 1
@@ -53,7 +53,7 @@ class Pm1Control(IntFlag):
 
 
 _NS: Final = 1_000_000_000
-_TIMER: Final = int(Reg.TIMER)
+_TIMER: Final = int(Reg.PM_TMR)
 _TMR: Final = int(Pm1Event.TMR)
 _PWRBTN: Final = int(Pm1Event.PWRBTN)
 _EVENTS: Final = int(Pm1Event.TMR | Pm1Event.GBL | Pm1Event.PWRBTN | Pm1Event.RTC)
@@ -112,6 +112,10 @@ class AcpiPm:
         self._update_irq()
         if written & _SLP_EN << 32:
             self._sleep(self._control >> 10 & 7)
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the specification's name of a register."""
+        return register_of(Reg, offset, write=write, width=4 if offset >= _TIMER else 2)
 
     def press_power_button(self) -> bool:
         """Set PWRBTN_STS; return whether the guest has enabled the event, so that anybody takes notice."""

@@ -33,6 +33,12 @@ class DebugConsole:
         """Return 0xE9; the further bytes of a wider access are ports that nobody decodes."""
         return _READBACK | (1 << 8 * size) - 1 & ~0xFF
 
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return what the one port is to a read and to a write."""
+        if offset:
+            return f"+{offset:#x}"
+        return "DATA" if write else "READBACK"
+
     def write(self, offset: int, size: int, value: int) -> None:  # noqa: ARG002 - the Device protocol's signature
         """Take the low byte; the further bytes of a wider access go to ports that nobody decodes."""
         self._sink.write(bytes((value & 0xFF,)))

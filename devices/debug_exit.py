@@ -24,3 +24,7 @@ class DebugExit:
     def write(self, offset: int, size: int, value: int) -> None:  # noqa: ARG002 - the Device protocol's signature
         """Report `value`, cut to `size` bytes."""
         self._on_exit(value & ((1 << 8 * size) - 1))
+
+    def register_name(self, offset: int, *, write: bool) -> str:  # noqa: ARG002 - the protocol's signature
+        """Return the name of the port, which is the same at every offset."""
+        return "EXIT"

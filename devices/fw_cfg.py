@@ -10,17 +10,24 @@ from enum import IntEnum
 from struct import pack
 from typing import TYPE_CHECKING, Final
 
-from devices.ports import OPEN_BUS
+from devices.ports import OPEN_BUS, register_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MAX_FILES", "MAX_NAME", "FwCfg", "Key"]
+__all__ = ["MAX_FILES", "MAX_NAME", "FwCfg", "Key", "Reg"]
 
 MAX_FILES: Final = 0x4000 - 0x20
 """Generic items have 14-bit keys."""
 MAX_NAME: Final = 55
 """Bytes of ASCII in a file's name, without its final NUL."""
+
+
+class Reg(IntEnum):
+    """Offsets from port 0x510."""
+
+    SELECTOR = 0  # WO, 16 bits
+    DATA = 1  # RO, 8 bits
 
 
 class Key(IntEnum):
@@ -35,8 +42,8 @@ class Key(IntEnum):
     FILE_FIRST = 0x20
 
 
-_SELECTOR: Final = 0
-_DATA: Final = 1
+_SELECTOR: Final = int(Reg.SELECTOR)
+_DATA: Final = int(Reg.DATA)
 _WRITE_CHANNEL: Final = 0x4000
 """Selects the same item for writing, which this interface no longer does."""
 
@@ -89,3 +96,7 @@ class FwCfg:
         if offset == _SELECTOR and size == 2:
             self._item = self._items.get(value & ~_WRITE_CHANNEL, b"")
             self._position = 0
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the name of the port at `offset`."""
+        return register_of(Reg, offset, write=write)

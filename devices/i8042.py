@@ -21,6 +21,7 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Final
 
 from devices.events import EventLog
+from devices.ports import register_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,8 @@ class Reg(IntEnum):
     """Offsets from port 0x60."""
 
     DATA = 0  # RW output buffer; a write is a command's parameter or a byte for the keyboard
-    COMMAND = 4  # RO status, WO command
+    STATUS = 4  # RO
+    COMMAND = 4  # WO
 
 
 class Status(IntFlag):
@@ -168,6 +170,10 @@ class I8042:
             self._write_data(value & 0xFF)
         elif offset == _COMMAND:
             self._write_command(value & 0xFF)
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the name of the port at `offset`."""
+        return register_of(Reg, offset, write=write)
 
     def _read_data(self) -> int:
         self._status &= ~(_OUTPUT_FULL | _TIMEOUT)

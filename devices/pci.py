@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 from struct import pack
 from typing import TYPE_CHECKING, Final, Protocol
 
-from devices.ports import OPEN_BUS
+from devices.ports import OPEN_BUS, register_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,6 +131,7 @@ class PciFunction:
     Attributes:
         on_decode: called as (bar, base) when a BAR begins to decode at `base`, and as (bar, None) when that ends; a BAR
             that moves does both. A BAR that shares addresses with one that takes precedence is not told of.
+        name: for reports; one that has none is called by its place on the bus, such as "00:02.0".
     """
 
     def __init__(  # noqa: PLR0913 - the header's numbers, each by its name
@@ -156,6 +157,7 @@ class PciFunction:
             has_pin: whether it can interrupt by INTA.
         """
         self.on_decode: Callable[[int, int | None], None] = lambda _bar, _base: None
+        self.name = ""
         self._space = bytearray(_SPACE)
         self._writable = bytearray(_SPACE)
         self._bars: dict[int, tuple[int, int]] = {}  # index: size of what it decodes, size of the register
@@ -275,6 +277,10 @@ class PciFunction:
     def bar_write(self, bar: int, offset: int, size: int, value: int) -> None:
         """Accept `size` bytes at an offset of what a BAR decodes."""
 
+    def bar_register_name(self, bar: int, offset: int, *, write: bool) -> str:  # noqa: ARG002 - for those that derive
+        """Return what the register at an offset of what a BAR decodes is called: see `NamedRegisters`."""
+        return f"BAR{bar}+{offset:#x}"
+
     # --- for the guest ------------------------------------------------------------------------------------------------
 
     def config_read(self, register: int, size: int) -> int:
@@ -324,6 +330,7 @@ class PciBus:
             raise ValueError(f"PCI function 00:{device:02x}.{function:x} is taken or no place on the bus")
         self._places[place] = target
         if isinstance(target, PciFunction):
+            target.name = target.name or f"00:{device:02x}.{function:x}"
             target.connect(self)
             self._functions = [one for _, one in sorted(self._places.items()) if isinstance(one, PciFunction)]
             self.update()
@@ -367,6 +374,26 @@ class PciBus:
                     function.bar_write(bar, address - base, size, value)
                 return
 
+    def decoder(self, address: int) -> tuple[PciFunction, int, int] | None:
+        """Return what decodes `address` now: function, BAR, and the offset in it."""
+        for base, end, function, bar in self._decoding:
+            if base <= address < end:
+                return function, bar, address - base
+        return None
+
+
+class BarRegisters:
+    """The registers of one BAR; fits `devices.ports.NamedRegisters`."""
+
+    def __init__(self, function: PciFunction, bar: int) -> None:
+        """Name what `function` has in BAR `bar`."""
+        self._function = function
+        self._bar = bar
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the function's name of a register."""
+        return self._function.bar_register_name(self._bar, offset, write=write)
+
 
 class PciMemoryWindow:
     """The bus's memory as a device of the machine; it belongs at `bus.memory`."""
@@ -383,6 +410,14 @@ class PciMemoryWindow:
     def write(self, offset: int, size: int, value: int) -> None:
         """Hand a write to the BAR that decodes there."""
         self._bus.write(self._base + offset, size, value)
+
+    def inner(self, offset: int) -> tuple[str, BarRegisters, int] | None:
+        """Return the function whose BAR decodes there now, the BAR, and the offset in it."""
+        found = self._bus.decoder(self._base + offset)
+        if found is None:
+            return None
+        function, bar, inside = found
+        return function.name, BarRegisters(function, bar), inside
 
 
 class PciConfigPorts:
@@ -427,3 +462,7 @@ class PciConfigPorts:
             self._reset_control = value & _RST_BITS
             if starts:
                 self._on_reset()
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the name of the register at `offset`: that of the ports, not of what CONFIG_ADDRESS chose."""
+        return register_of(Reg, offset if offset == _RESET_CONTROL else offset & ~3, write=write)

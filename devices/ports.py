@@ -10,7 +10,10 @@ bus around `read` and `write`, and around whatever it delivers from outside (rec
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from enum import IntEnum
 
 __all__ = [
     "OPEN_BUS",
@@ -22,10 +25,15 @@ __all__ = [
     "GuestFault",
     "GuestRam",
     "IrqLine",
+    "NamedRegisters",
+    "Nested",
     "NoFastPath",
     "RoutedSignal",
     "Signal",
     "TapShortCut",
+    "inner_of",
+    "name_in",
+    "register_of",
 ]
 
 OPEN_BUS = 0xFFFF_FFFF_FFFF_FFFF
@@ -55,6 +63,55 @@ class Device(Protocol):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Accept a little-endian value of `size` bytes (1, 2, 4 or 8)."""
+
+
+@runtime_checkable
+class NamedRegisters(Protocol):
+    """A device that can name its registers, for reports: nobody asks while the guest waits."""
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return what the data sheet calls the register that a read, or a write, at `offset` is of.
+
+        An offset inside a wider register gives that register. What an index or a mode bit changes goes by its name
+        after a reset. Where there is no register: the offset, as "+0x1f". Changes nothing, and needs no lock.
+        """
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """A window in which other devices sit."""
+
+    def inner(self, offset: int) -> tuple[str, NamedRegisters, int] | None:
+        """Return who is at `offset` now: its name, what names its registers, and the offset there; None: nobody.
+
+        Changes nothing, and needs no lock.
+        """
+
+
+def inner_of(device: object, offset: int) -> tuple[str, NamedRegisters, int] | None:
+    """Return who is at `offset` of `device` if it is a window; one of yours may have something else of that name."""
+    return device.inner(offset) if isinstance(device, Nested) and callable(device.inner) else None
+
+
+def name_in(device: object, offset: int, *, write: bool) -> str:
+    """Return the name of a register of `device`, which may be of any kind; the offset where it has no names."""
+    return device.register_name(offset, write=write) if isinstance(device, NamedRegisters) else f"+{offset:#x}"
+
+
+def register_of(registers: type[IntEnum], offset: int, *, write: bool, width: int = 1) -> str:
+    """Return the name of a register by the enum that declares it, the offset itself where none is.
+
+    Args:
+        registers: offsets by name. Where two share one, a read finds the first and a write reaches the last.
+        offset: of the access.
+        write: what kind it is.
+        width: in bytes, how far the widest register reaches; each ends where the next begins.
+    """
+    for where in range(offset, offset - width, -1):
+        names = [name for name, start in registers.__members__.items() if start == where]
+        if names:
+            return names[-1 if write else 0]
+    return f"+{offset:#x}"
 
 
 class IrqLine(Protocol):

@@ -14,14 +14,21 @@ from enum import IntEnum, IntFlag
 from time import gmtime
 from typing import TYPE_CHECKING, Final
 
-from devices.ports import OPEN_BUS
+from devices.ports import OPEN_BUS, register_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from devices.ports import Alarm, IrqLine
 
-__all__ = ["RegA", "RegB", "RegC", "RegD", "Register", "RtcMc146818"]
+__all__ = ["Port", "RegA", "RegB", "RegC", "RegD", "Register", "RtcMc146818"]
+
+
+class Port(IntEnum):
+    """Offsets from port 0x70."""
+
+    INDEX = 0  # WO
+    DATA = 1  # RW: the register that INDEX selects
 
 
 class Register(IntEnum):
@@ -80,8 +87,8 @@ class RegD(IntFlag):
     VRT = 1 << 7  # valid RAM and time: the battery is good
 
 
-_INDEX: Final = 0
-_DATA: Final = 1
+_INDEX: Final = int(Port.INDEX)
+_DATA: Final = int(Port.DATA)
 _NS: Final = 1_000_000_000
 _CRYSTAL_HZ: Final = 32_768
 _UIP_NS: Final = 244_000 + 1_984_000
@@ -203,6 +210,10 @@ class RtcMc146818:
             self._index = value & 0x7F
         else:
             self._write_data(self._index, value)
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the name of the port at `offset`: which register was selected when, nobody knows afterwards."""
+        return register_of(Port, offset, write=write)
 
     def on_alarm(self) -> None:
         """Raise what is due: the machine calls this when the alarm fires. Calling it too early does no harm."""

@@ -29,7 +29,7 @@ from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Final
 
 from devices.events import EventLog
-from devices.ports import NoFastPath
+from devices.ports import NoFastPath, register_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,9 +51,11 @@ __all__ = [
 class Reg(IntEnum):
     """Offsets from the port's base (Table II), by their names with DLAB=0."""
 
-    DATA = 0  # RO receiver buffer (RBR), WO transmitter holding (THR); RW divisor latch, low byte, with DLAB=1
+    RBR = 0  # RO receiver buffer; RW divisor latch, low byte, with DLAB=1
+    THR = 0  # WO transmitter holding
     IER = 1  # RW; divisor latch, high byte, with DLAB=1
-    IIR = 2  # RO; a write reaches FCR
+    IIR = 2  # RO
+    FCR = 2  # WO
     LCR = 3  # RW
     MCR = 4  # RW
     LSR = 5  # RO; "intended for read operations only" (8.4)
@@ -153,7 +155,7 @@ _TERI: Final = int(ModemStatus.TERI)
 _RI: Final = int(ModemStatus.RI)
 _LINE_UP: Final = int(ModemStatus.CTS | ModemStatus.DSR | ModemStatus.DCD)
 _LSR: Final = int(Reg.LSR)
-_THR: Final = int(Reg.DATA)
+_THR: Final = int(Reg.THR)
 
 _REGISTERS: Final = 8
 _FLOATING: Final = 0xFF  # what a byte lane reads as that no register drives
@@ -266,6 +268,10 @@ class Uart16550:
             return
         for lane in range(min(size, _REGISTERS - offset)):
             self._active_writes[offset + lane](value >> 8 * lane & 0xFF)
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the data sheet's name of a register, with DLAB=0."""
+        return register_of(Reg, offset, write=write)
 
     # --- the line's side -------------------------------------------------------------------------------------------
 

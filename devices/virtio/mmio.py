@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final
 
-from devices.ports import OPEN_BUS
+from devices.ports import OPEN_BUS, register_of
 from devices.virtio.transport import VirtioTransport
 
 if TYPE_CHECKING:
@@ -18,40 +18,42 @@ __all__ = ["QUEUE_NOTIFY", "SIZE", "Reg", "VirtioMmio"]
 
 
 class Reg(IntEnum):
-    """Register offsets (4.2.2); all are 32 bits wide."""
+    """Register offsets by the names of 4.2.2; all are 32 bits wide."""
 
-    MAGIC_VALUE = 0x000  # RO
-    VERSION = 0x004  # RO
-    DEVICE_ID = 0x008  # RO
-    VENDOR_ID = 0x00C  # RO
-    DEVICE_FEATURES = 0x010  # RO, the 32 bits that DEVICE_FEATURES_SEL means
-    DEVICE_FEATURES_SEL = 0x014  # WO
-    DRIVER_FEATURES = 0x020  # WO
-    DRIVER_FEATURES_SEL = 0x024  # WO
-    QUEUE_SEL = 0x030  # WO
-    QUEUE_NUM_MAX = 0x034  # RO
-    QUEUE_NUM = 0x038  # WO
-    QUEUE_READY = 0x044  # RW
-    QUEUE_NOTIFY = 0x050  # WO
-    INTERRUPT_STATUS = 0x060  # RO
-    INTERRUPT_ACK = 0x064  # WO
-    STATUS = 0x070  # RW
-    QUEUE_DESC_LOW = 0x080  # WO
-    QUEUE_DESC_HIGH = 0x084
-    QUEUE_DRIVER_LOW = 0x090
-    QUEUE_DRIVER_HIGH = 0x094
-    QUEUE_DEVICE_LOW = 0x0A0
-    QUEUE_DEVICE_HIGH = 0x0A4
-    SHM_LEN_LOW = 0x0B0  # RO: all ones, there is no shared memory
-    SHM_LEN_HIGH = 0x0B4
-    SHM_BASE_LOW = 0x0B8
-    SHM_BASE_HIGH = 0x0BC
-    CONFIG_GENERATION = 0x0FC  # RO
+    MagicValue = 0x000  # RO
+    Version = 0x004  # RO
+    DeviceID = 0x008  # RO
+    VendorID = 0x00C  # RO
+    DeviceFeatures = 0x010  # RO, the 32 bits that DeviceFeaturesSel means
+    DeviceFeaturesSel = 0x014  # WO
+    DriverFeatures = 0x020  # WO
+    DriverFeaturesSel = 0x024  # WO
+    QueueSel = 0x030  # WO
+    QueueNumMax = 0x034  # RO
+    QueueNum = 0x038  # WO
+    QueueReady = 0x044  # RW
+    QueueNotify = 0x050  # WO
+    InterruptStatus = 0x060  # RO
+    InterruptACK = 0x064  # WO
+    Status = 0x070  # RW
+    QueueDescLow = 0x080  # WO
+    QueueDescHigh = 0x084
+    QueueDriverLow = 0x090
+    QueueDriverHigh = 0x094
+    QueueDeviceLow = 0x0A0
+    QueueDeviceHigh = 0x0A4
+    SHMSel = 0x0AC  # WO: nothing to select
+    SHMLenLow = 0x0B0  # RO: all ones, there is no shared memory
+    SHMLenHigh = 0x0B4
+    SHMBaseLow = 0x0B8
+    SHMBaseHigh = 0x0BC
+    QueueReset = 0x0C0  # RW with a feature that is not offered
+    ConfigGeneration = 0x0FC  # RO
 
 
 SIZE: Final = 0x200
 """Bytes that one device takes."""
-QUEUE_NOTIFY: Final = int(Reg.QUEUE_NOTIFY)
+QUEUE_NOTIFY: Final = int(Reg.QueueNotify)
 _CONFIG: Final = 0x100
 _MAGIC: Final = int.from_bytes(b"virt", "little")
 _VERSION: Final = 2
@@ -68,37 +70,37 @@ class VirtioMmio(VirtioTransport):
         """Show `device`; every interrupt is `signal`, an edge at the device's line."""
         super().__init__(device, runner, [signal] * len(device.queues), signal)
         self._readers: Mapping[int, Callable[[], int]] = {
-            Reg.MAGIC_VALUE: lambda: _MAGIC,
-            Reg.VERSION: lambda: _VERSION,
-            Reg.DEVICE_ID: lambda: self.device.device_id,
-            Reg.VENDOR_ID: lambda: _VENDOR,
-            Reg.DEVICE_FEATURES: lambda: self.device_features,
-            Reg.QUEUE_NUM_MAX: lambda: 0 if self.queue is None else self.queue.max_size,
-            Reg.QUEUE_READY: lambda: int(self.queue is not None and self.queue.is_enabled),
-            Reg.INTERRUPT_STATUS: self.peek_isr,
-            Reg.STATUS: lambda: self.status,
-            Reg.SHM_LEN_LOW: lambda: _NO_SHARED_MEMORY,
-            Reg.SHM_LEN_HIGH: lambda: _NO_SHARED_MEMORY,
-            Reg.SHM_BASE_LOW: lambda: _NO_SHARED_MEMORY,
-            Reg.SHM_BASE_HIGH: lambda: _NO_SHARED_MEMORY,
-            Reg.CONFIG_GENERATION: self.read_generation,
+            Reg.MagicValue: lambda: _MAGIC,
+            Reg.Version: lambda: _VERSION,
+            Reg.DeviceID: lambda: self.device.device_id,
+            Reg.VendorID: lambda: _VENDOR,
+            Reg.DeviceFeatures: lambda: self.device_features,
+            Reg.QueueNumMax: lambda: 0 if self.queue is None else self.queue.max_size,
+            Reg.QueueReady: lambda: int(self.queue is not None and self.queue.is_enabled),
+            Reg.InterruptStatus: self.peek_isr,
+            Reg.Status: lambda: self.status,
+            Reg.SHMLenLow: lambda: _NO_SHARED_MEMORY,
+            Reg.SHMLenHigh: lambda: _NO_SHARED_MEMORY,
+            Reg.SHMBaseLow: lambda: _NO_SHARED_MEMORY,
+            Reg.SHMBaseHigh: lambda: _NO_SHARED_MEMORY,
+            Reg.ConfigGeneration: self.read_generation,
         }
         self._writers: Mapping[int, Callable[[int], object]] = {
-            Reg.DEVICE_FEATURES_SEL: lambda value: setattr(self, "device_select", value),
-            Reg.DRIVER_FEATURES: self.write_driver_features,
-            Reg.DRIVER_FEATURES_SEL: lambda value: setattr(self, "driver_select", value),
-            Reg.QUEUE_SEL: lambda value: setattr(self, "queue_select", value),
-            Reg.QUEUE_NUM: self.set_queue_size,
-            Reg.QUEUE_READY: self._write_ready,
-            Reg.QUEUE_NOTIFY: self.kick,
-            Reg.INTERRUPT_ACK: self.take_isr,
-            Reg.STATUS: lambda value: self.write_status(value & 0xFF),
-            Reg.QUEUE_DESC_LOW: lambda value: self.set_queue_address("descriptors", value, _LOW),
-            Reg.QUEUE_DESC_HIGH: lambda value: self.set_queue_address("descriptors", value << 32, _HIGH),
-            Reg.QUEUE_DRIVER_LOW: lambda value: self.set_queue_address("available", value, _LOW),
-            Reg.QUEUE_DRIVER_HIGH: lambda value: self.set_queue_address("available", value << 32, _HIGH),
-            Reg.QUEUE_DEVICE_LOW: lambda value: self.set_queue_address("used", value, _LOW),
-            Reg.QUEUE_DEVICE_HIGH: lambda value: self.set_queue_address("used", value << 32, _HIGH),
+            Reg.DeviceFeaturesSel: lambda value: setattr(self, "device_select", value),
+            Reg.DriverFeatures: self.write_driver_features,
+            Reg.DriverFeaturesSel: lambda value: setattr(self, "driver_select", value),
+            Reg.QueueSel: lambda value: setattr(self, "queue_select", value),
+            Reg.QueueNum: self.set_queue_size,
+            Reg.QueueReady: self._write_ready,
+            Reg.QueueNotify: self.kick,
+            Reg.InterruptACK: self.take_isr,
+            Reg.Status: lambda value: self.write_status(value & 0xFF),
+            Reg.QueueDescLow: lambda value: self.set_queue_address("descriptors", value, _LOW),
+            Reg.QueueDescHigh: lambda value: self.set_queue_address("descriptors", value << 32, _HIGH),
+            Reg.QueueDriverLow: lambda value: self.set_queue_address("available", value, _LOW),
+            Reg.QueueDriverHigh: lambda value: self.set_queue_address("available", value << 32, _HIGH),
+            Reg.QueueDeviceLow: lambda value: self.set_queue_address("used", value, _LOW),
+            Reg.QueueDeviceHigh: lambda value: self.set_queue_address("used", value << 32, _HIGH),
         }
 
     def _write_ready(self, value: int) -> None:
@@ -123,3 +125,9 @@ class VirtioMmio(VirtioTransport):
         writer = self._writers.get(offset) if size == 4 else None
         if writer is not None:
             writer(value)
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the name of a register as 4.2.2 has it, "Config+0x8" in the configuration space."""
+        if offset >= _CONFIG:
+            return f"Config+{offset - _CONFIG:#x}"
+        return register_of(Reg, offset, write=write, width=4)

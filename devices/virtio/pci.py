@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from devices.pci import PciFunction
 from devices.pci_msix import NO_VECTOR, Msix
-from devices.ports import OPEN_BUS
+from devices.ports import OPEN_BUS, register_of
 from devices.virtio.transport import DRIVER_OK, VirtioTransport
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class VirtioPci(PciFunction):
         )
         self.device = device
         self.transport = VirtioTransport(device, runner, queue_signals, config_signal)
+        self.name = self.transport.name
         self._config_signal = config_signal
         self._config_event = queues  # its index among the signals of MSI-X
         self._pin_was_in_use = True
@@ -280,6 +281,21 @@ class VirtioPci(PciFunction):
             self.transport.complain("pci.kick", offset=offset, size=size)
         else:
             self.transport.kick(offset // _NOTIFY_STEP)
+
+    def bar_register_name(self, bar: int, offset: int, *, write: bool) -> str:  # noqa: ARG002 - there is one BAR
+        """Return the name of a field of the common configuration, or else of the structure."""
+        page, inside = offset & -_PAGE, offset & _PAGE - 1
+        if page == _COMMON:
+            return register_of(Common, offset, write=write, width=8)
+        vectors = self._msix.vectors
+        name, length = {
+            _DEVICE: ("device-config", len(self.device.config())),
+            _ISR: ("ISR", 1),
+            _NOTIFY: ("QueueNotify", _NOTIFY_STEP * len(self.device.queues)),
+            _TABLE: ("msix-table", 16 * vectors),
+            _PENDING: ("msix-pba", 8 * -(-vectors // 64)),
+        }.get(page, ("", 0))
+        return name if inside < length else f"+{offset:#x}"
 
     # --- common configuration -----------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class VirtioTransport:
 
     Attributes:
         device: the device model behind it.
+        name: what the machine calls it, such as "virtio-blk0".
         queue_select: the queue that the queue registers mean.
         device_select, driver_select: which 32 feature bits the feature registers mean.
         isr: two bytes, one for ISR_QUEUE and one for ISR_CONFIG. Whoever interrupts sets a byte; `take_isr` clears
@@ -64,6 +65,7 @@ class VirtioTransport:
     ) -> None:
         """Show `device` to a driver, whose queues `runner` serves, one signal a queue and one for the configuration."""
         self.device = device
+        self.name = f"virtio-{device.name}"
         self.isr = memoryview(bytearray(2))
         self._runner = runner
         self._config_signal = config_signal
