@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Final
 
+from devices.ports import inner_of, name_in
 from hypervisor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,6 +99,22 @@ class Bus:
             if index >= 0 and address < self._claims[index].end:
                 claim = self._claims[index]
         return claim
+
+    def name_of(self, address: int, *, write: bool) -> tuple[str, str] | None:
+        """Return the names of the device and of the register at `address`; None where nobody has claimed it.
+
+        For reports, after the fact: it says who is there now. A device that has no names gives its offset, as "+0x1f".
+
+        Args:
+            address: where the access was.
+            write: what kind it was: a read and a write of one address may be of two registers.
+        """
+        claim = self.find(address)
+        if claim is None:
+            return None
+        offset = address - claim.base
+        name, device, offset = inner_of(claim.device, offset) or (claim.name, claim.device, offset)
+        return name, name_in(device, offset, write=write)
 
     def read(self, address: int, size: int) -> int:
         """Return the device's answer to a read of `size` bytes; what is not wholly claimed reads as all ones."""

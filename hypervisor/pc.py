@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from devices.debug_console import DebugConsole
 from devices.debug_exit import DebugExit
+from devices.ports import inner_of, name_in
 from hypervisor import layout
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from devices.fw_cfg import FwCfg
     from devices.i8042 import I8042
     from devices.pci import PciConfigPorts
-    from devices.ports import Device, IrqLine
+    from devices.ports import Device, IrqLine, NamedRegisters
     from devices.rtc_mc146818 import RtcMc146818
     from devices.uart16550 import Uart16550
     from hypervisor.bus import Bus, Claim
@@ -103,6 +104,18 @@ class LazyDevice(Generic[D]):
     def write(self, offset: int, size: int, value: int) -> None:
         """Write the device."""
         self.device.write(self._offset + offset, size, value)
+
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the device's name of a register; its offset, as long as the device is not made.
+
+        Asking does not make it: a UART would publish its LSR, a timer begin to count, and the guest could tell. No
+        access has come to it yet, so nobody who reports one asks.
+        """
+        return name_in(self._device, self._offset + offset, write=write)
+
+    def inner(self, offset: int) -> tuple[str, NamedRegisters, int] | None:
+        """Return who is at `offset` if the device is a window, and made."""
+        return inner_of(self._device, self._offset + offset)
 
 
 class Pc:

@@ -284,7 +284,7 @@ class VirtioBoard:
         for (device, runner, lock), (base, gsi) in zip(self._made, places, strict=True):
             signal = NoSignal() if self._interrupts is None else self._interrupts.edge(gsi)
             transport = VirtioMmio(device, runner, signal)
-            memory.claim(base, layout.VIRTIO_MMIO_STRIDE, transport, device.name, lock=lock)
+            memory.claim(base, layout.VIRTIO_MMIO_STRIDE, transport, transport.name, lock=lock)
             for index, fd in enumerate(runner.kick_fds):
                 self._vm.connect_doorbell(fd, base + QUEUE_NOTIFY, value=index)
 

@@ -42,6 +42,22 @@ def test_the_guests_own_status(machine_of, how, value, status):
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, status)
 
 
+def test_what_is_where_has_a_name(machine_of):
+    """What the guest has touched has names, a device of the user's has its own, and what nobody has made its offset."""
+    # mov dx,0x3fa; in al,dx; mov al,0; out 0xf4,al
+    machine = machine_of(bytes.fromhex("bafa03 ec b000 e6f4"))
+    machine.bus_pio.claim(0x5658, 4, Probe(), "dice")
+    machine.run(timeout=20)
+    names = {port: machine.bus_pio.name_of(port, write=True) for port in (0x3FA, 0xF4, 0x5659, 0x71, 0x80)}
+    assert names == {
+        0x3FA: ("uart0", "FCR"),
+        0xF4: ("debug-exit", "EXIT"),
+        0x5659: ("dice", "+0x1"),
+        0x71: ("rtc", "+0x1"),
+        0x80: None,
+    }
+
+
 def test_string_output_and_open_bus(machine_of):
     # mov dx,0x3f8; mov si,text; mov cx,5; cld; rep outsb; in al,0x80; out dx,al; mov al,0; out 0xf4,al; hlt
     code = (

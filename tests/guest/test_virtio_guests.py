@@ -7,7 +7,7 @@ import pytest
 
 from devices.backends.image import open_image
 from devices.backends.qcow2_header import create
-from hypervisor import Machine, MachineConfig, Stop
+from hypervisor import Machine, MachineConfig, Stop, layout
 
 pytestmark = pytest.mark.kvm
 
@@ -47,6 +47,18 @@ def test_a_disk_of_each_kind(tmp_path, kind):
     if kind != "overlay-memory":
         expected[5 * SECTOR : 6 * SECTOR] = PATTERN
     assert data == expected
+
+
+def test_a_device_has_one_name_on_both_transports(tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    with Machine(MachineConfig("virtio-blk", ram_mib=4, virtio="mmio", disks=[str(path)])) as machine:
+        assert machine.bus_mmio.name_of(layout.VIRTIO_MMIO + 0x50, write=True) == ("virtio-blk0", "QueueNotify")
+    with Machine(MachineConfig("virtio-blk", ram_mib=4, virtio="pci", disks=[str(path)])) as machine:
+        function = machine._virtio.pci.function(1 << 3)
+        function.config_write(0x04, 2, 1 << 1)  # its memory decodes
+        bar = function.config_read(0x10, 4) & ~0xF
+        assert machine.bus_mmio.name_of(bar, write=True) == ("virtio-blk0", "device_feature_select")
 
 
 def test_a_kick_is_no_exit_to_user_space(tmp_path):
