@@ -10,6 +10,7 @@ from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
 from hypervisor.boot.mptable import build_mptable
 from hypervisor.bus import Bus
+from hypervisor.clock import Clock
 from hypervisor.console import Console
 from hypervisor.errors import ConfigError, HostError
 from hypervisor.eventloop import EventLoop
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from devices.virtio.balloon import Balloon
     from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
+    from hypervisor.profile.exits import Exits
+    from hypervisor.profile.live import LiveExits
+    from hypervisor.profile.recording import Recording
 
 STOP_SECONDS: Final = 10.0
 AFTER_PANIC: Final = {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT}
@@ -52,6 +56,7 @@ class Machine:
         bus_pio, bus_mmio: who answers which port and address.
         devices: the virtio devices' models by name, such as "blk0"; `balloon` is the memory balloon, if there is one.
         boot_plan: what was loaded where.
+        profile_trouble: what is wrong with the profile that was recorded; empty when nothing is, or none was.
     """
 
     def __init__(self, config: MachineConfig) -> None:
@@ -66,6 +71,9 @@ class Machine:
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._started = False
+        self._live: LiveExits | None = None
+        self._recording: Recording | None = None
+        self.profile_trouble = ""
         self._software_kvm = is_software_kvm()
         cpuid.parse(config.cpu)  # the user's mistakes before the host's
         self.boot_plan, self._symbols = plan_boot(config)
@@ -197,6 +205,9 @@ class Machine:
         for claim in self.bus_pio.freeze():
             self._vm.claim_ports(claim.base, claim.end - claim.base)
         self._vm.claim_windows([(claim.base, claim.end) for claim in self.bus_mmio.freeze()])
+        self._clock = Clock(self.vcpus[0].handle.tsc_khz())
+        if self._recording is not None:
+            self._recording.begin(self._exits())
         self.loop.start()
         for vcpu in self.vcpus:
             vcpu.start()
@@ -277,6 +288,8 @@ class Machine:
         """End the guest if it runs and give back memory, descriptors and threads."""
         if self._started:
             self.kill()
+        if self._recording is not None:
+            self._recording.close()
         for vcpu in self.vcpus:
             vcpu.join()
         if self._virtio is not None:
@@ -292,6 +305,56 @@ class Machine:
     ) -> None:
         self.close()
 
+    # --- what its exits were ------------------------------------------------------------------------------------------
+
+    @property
+    def exits(self) -> Exits:
+        """All exits up to now, as a value to query: `machine.exits.pio("uart0").count`."""
+        return self._exits().exits()
+
+    def _exits(self) -> LiveExits:
+        from hypervisor.profile.live import LiveExits  # noqa: PLC0415 - for those who look
+
+        with self._lock:
+            if self._live is None:
+                self._live = LiveExits(self.vcpus, self.bus_pio, self.bus_mmio, self._clock)
+            return self._live
+
+    def mark(self, name: str) -> bool:
+        """Give this moment a name, for `exits.between`; returns False when there are too many marks already."""
+        return self._exits().mark(name)
+
+    def mark_by_port(self, port: int) -> None:
+        """Let the guest make marks by writing bytes to a port, each called by its decimal value; before `start`."""
+        from devices.mark_port import MarkPort  # noqa: PLC0415 - for those who ask
+
+        self.bus_pio.claim(port, 1, MarkPort(lambda value: self.mark(str(value))), "marks")
+
+    def mark_by_text(self, pattern: str) -> None:
+        """Make a mark whenever a line of the console matches a regular expression; before `start`.
+
+        It is called what the first group matched, or the whole match without groups.
+        """
+        from hypervisor.profile.live import TextMarks  # noqa: PLC0415 - for those who ask
+
+        self.console.listeners.append(TextMarks(pattern, self.mark).take)
+
+    def record(self, path: str, *, every: int = 1, trace: bool = True) -> None:
+        """Write a profile to a file while the machine runs; `hypervisor.profile.file.load` reads it. Before `start`.
+
+        Args:
+            path: of the file.
+            every: sample the place (RIP, CR3) of one exit in so many; 0: of none.
+            trace: False: write counts and histograms only, not every single exit.
+
+        Raises:
+            HostError: the file cannot be made.
+        """
+        from hypervisor.profile.recording import Recording  # noqa: PLC0415 - for those who ask
+
+        facts = {"kernel": self.boot_plan.kind, "cpus": self.config.cpus, "ram_mib": self.config.ram_mib}
+        self._recording = Recording(path, vcpus=self.vcpus, loop=self.loop, facts=facts, every=every, trace=trace)
+
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def _guest_exit(self, value: int) -> None:
@@ -306,6 +369,12 @@ class Machine:
             vcpu.request_end()
         self._done.set()
 
+    def _finish_recording(self, outcome: Outcome) -> None:
+        with self._lock:
+            recording, self._recording = self._recording, None
+        if recording is not None:
+            self.profile_trouble = recording.finish(outcome.reason.name)
+
     def _settle(self) -> Outcome:
         """Let the vCPUs come to rest, then complete the outcome."""
         outcome = self._outcome
@@ -315,6 +384,7 @@ class Machine:
             vcpu.join()
         self.console.end()
         self.debug_console.end()
+        self._finish_recording(outcome)
         with self._lock:
             if outcome.reason in AFTER_PANIC and self.console.panic is not None:
                 self._outcome = outcome = Outcome(Stop.PANIC, message=f"kernel panic: {self.console.panic}")

@@ -43,12 +43,26 @@ disks, networks and more (--disk, --net and --port may be repeated; N takes K, M
   hv run debian --disk root.qcow2 --append "console=ttyS0 root=/dev/vda" --net user,forward=2222:22 --rng
   hv run debian --disk base.img,overlay=memory --net tap=tap0,pcap=frames.pcap
 
+profile:
+  --profile FILE[,every=N][,trace=off]    where each exit came from (RIP), or only one in N (0: none); trace=off records
+                                          counts and histograms, no single exits
+  hv run debian --profile boot.hvprof --mark-text "Run /init"
+  hv profile report boot.hvprof
+
 exit status: 0 power-off, reset or halt; 2 bad usage, configuration or image; 3 the host cannot; 4 the guest died
 (triple fault, kernel panic, KVM internal error); 5 a fault of hv; 124 timeout; 128+N signal N; else the guest's own.
 """
 UNITS: Final = {"m": 1, "mib": 1, "g": 1024, "gib": 1024, "": 1}
 TIMEOUT_STATUS: Final = 124
-RUN_KEYS: Final[dict[str, Any]] = {"console": str, "timeout": (int, float), "log_level": str, "log_format": str}
+RUN_KEYS: Final[dict[str, Any]] = {
+    "console": str,
+    "timeout": (int, float),
+    "log_level": str,
+    "log_format": str,
+    "profile": str,
+    "mark_port": int,
+    "mark_text": str,
+}
 """Keys of a configuration file beside those of MachineConfig."""
 
 
@@ -85,11 +99,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--balloon", nargs="?", const=True, metavar="MIB", help="a memory balloon")
     add("--virtio", metavar="BUS", help="what the guest finds all these by: pci (default) or mmio")
     add("--console", metavar="WHERE", help=f"{KINDS} (default stdio)")
+    add("--profile", metavar="FILE[,...]", help="record every exit in FILE, for `hv profile report`; see below")
+    add("--mark-port", type=_number, metavar="PORT", help="bytes that the guest writes to this port mark its phases")
+    add("--mark-text", metavar="REGEX", help="lines of the console that match mark the guest's phases")
     add("--timeout", type=float, metavar="SECONDS", help="end the guest after this time, with status 124")
     add("--log-level", metavar="LEVEL", help="debug, info, warning (default) or error: events of hv on stderr")
     add("--log-format", metavar="FORMAT", help="console (default) or json")
     add("--config", metavar="FILE.toml", help="take all of this from a file; options given here win")
     add("--force", action="store_true", default=None, help="try a Linux kernel on a software KVM all the same")
+
+
+def _number(text: str) -> int:
+    """Return a number that may be hexadecimal."""
+    return int(text, 0)
+
+
+def parse_profile(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the file and the arguments of `Machine.record` from "FILE,every=100,trace=off"."""
+    path, *options = text.split(",")
+    settings: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        if name == "every" and value.isdecimal():
+            settings["every"] = int(value)
+        elif option in {"trace=on", "trace=off"}:
+            settings["trace"] = value == "on"
+        else:
+            raise ConfigError(f"--profile {text!r}: {option!r}", hint="it is FILE, then every=N and trace=off")
+    if not path:
+        raise ConfigError(f"--profile {text!r} names no file", hint="it is FILE, then every=N and trace=off")
+    return path, settings
 
 
 def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str, Any]]:
@@ -105,7 +144,8 @@ def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str,
     if "ram" in given:
         given["ram_mib"] = parse_ram(given.pop("ram"))
     values |= given
-    settings: dict[str, Any] = {"console": "stdio", "timeout": None, "log_level": "warning", "log_format": "console"}
+    settings: dict[str, Any] = dict.fromkeys(RUN_KEYS)
+    settings |= {"console": "stdio", "log_level": "warning", "log_format": "console"}
     for key, kind in RUN_KEYS.items():
         if key in values:
             if not isinstance(values[key], kind) or isinstance(values[key], bool):
@@ -178,6 +218,7 @@ def run(options: argparse.Namespace) -> int:
     console = HostConsole(settings["console"])
     try:
         with Machine(config) as machine:
+            _watch(machine, settings)
             console.enter_raw_mode()
             console.attach(machine)
             signals = Signals(machine)
@@ -190,7 +231,20 @@ def run(options: argparse.Namespace) -> int:
     finally:
         lost = console.close()
     _report(outcome, console, lost)
+    if machine.profile_trouble:
+        print(f"hv: {machine.profile_trouble}", file=sys.stderr)
     return outcome.status
+
+
+def _watch(machine: Machine, settings: dict[str, Any]) -> None:
+    """Have recorded what was asked for."""
+    if settings["mark_port"] is not None:
+        machine.mark_by_port(settings["mark_port"])
+    if settings["mark_text"] is not None:
+        machine.mark_by_text(settings["mark_text"])
+    if settings["profile"] is not None:
+        path, options = parse_profile(settings["profile"])
+        machine.record(path, **options)
 
 
 def _get_kernel(name: str) -> None:

@@ -11,15 +11,16 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 PACKAGE = Path("hypervisor", "kvm")
 PARTS = ("recorder", "kvm", "dataplane")
+SOURCES = ("runloop", "recorder", "tracefile", "vring", "uring", "diskpath", "tappath")
 
 ffibuilder = FFI()
 for part in PARTS:
     ffibuilder.cdef((HERE / f"{part}.cdef").read_text())
 ffibuilder.set_source(
     "hypervisor.kvm._kvm",
-    '#include "runloop.h"\n#include "dataplane.h"\n',
-    sources=[str(PACKAGE / f"{name}.c") for name in ("runloop", "recorder", "vring", "uring", "diskpath", "tappath")],
-    depends=[str(PACKAGE / f"{name}.h") for name in ("runloop", "recorder", "dataplane", "uring")]
+    '#include "runloop.h"\n#include "tracefile.h"\n#include "dataplane.h"\n',
+    sources=[str(PACKAGE / f"{name}.c") for name in SOURCES],
+    depends=[str(PACKAGE / f"{name}.h") for name in ("runloop", "recorder", "tracefile", "dataplane", "uring")]
     + [str(PACKAGE / f"{name}.cdef") for name in PARTS],
     include_dirs=[str(HERE)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-std=gnu11"],

@@ -46,8 +46,8 @@ struct hv_trace_record {
 
 struct hv_trace {
     _Atomic uint64_t head, tail;
-    uint64_t dropped;
-    int32_t event_fd; /* tells the writer that half of the ring is full */
+    uint64_t dropped, lost; /* by the vCPU, because the ring was full; by the writer, because the file had ended */
+    int32_t event_fd;       /* tells the writer that half of the ring is full */
     struct hv_trace_record record[HV_TRACE_RECORDS];
 };
 

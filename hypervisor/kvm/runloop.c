@@ -231,8 +231,10 @@ void hv_thread_enter(struct hv_vcpu *vcpu)
     atomic_store(&vcpu->tid, (int)syscall(SYS_gettid));
 }
 
+/* Its last exit leads nowhere: what was done for it ends here. */
 void hv_thread_leave(struct hv_vcpu *vcpu)
 {
+    hv_record_entry(&vcpu->recorder, __rdtsc());
     atomic_store(&vcpu->tid, 0);
 }
 

@@ -12,12 +12,14 @@
 
 enum { LOOK_MS = 50 }; /* how long records of a slow guest may wait */
 
-/* Make a file of `fd`, into which nobody else writes; NULL without memory. */
+/* Go on with a file from where `fd` stands; nobody else writes to it. NULL without memory. */
 struct hv_trace_file *hv_trace_file_new(int fd, int stop_fd, int event_fd)
 {
     struct hv_trace_file *file = calloc(1, sizeof *file);
     if (file) {
         file->fd = fd;
+        off_t at = lseek(fd, 0, SEEK_CUR);
+        file->size = at > 0 ? (uint64_t)at : 0;
         file->stop_fd = stop_fd;
         file->event_fd = event_fd;
         pthread_mutex_init(&file->lock, NULL);
@@ -130,7 +132,7 @@ static void drain(struct hv_trace_file *file, uint32_t vcpu)
     uint64_t first = HV_TRACE_RECORDS - at < count ? HV_TRACE_RECORDS - at : count;
     size_t each = sizeof trace->record[0];
     if (put(file, "TRAC", vcpu, trace->record + at, first * each, trace->record, (count - first) * each))
-        trace->dropped += count;
+        trace->lost += count;
     atomic_store_explicit(&trace->head, tail, memory_order_release);
 }
 
@@ -149,4 +151,10 @@ void hv_trace_file_run(struct hv_trace_file *file)
         for (uint32_t vcpu = 0; vcpu < file->recorders; vcpu++)
             drain(file, vcpu);
     }
+}
+
+uint64_t hv_trace_dropped(const struct hv_recorder *recorder)
+{
+    const struct hv_trace *trace = atomic_load(&recorder->trace);
+    return trace ? trace->dropped + trace->lost : 0;
 }

@@ -37,5 +37,6 @@ void hv_trace_file_free(struct hv_trace_file *file);
 int hv_trace_file_add(struct hv_trace_file *file, struct hv_recorder *recorder);
 int hv_trace_file_write(struct hv_trace_file *file, const char *kind, uint32_t vcpu, const void *data, uint64_t size);
 void hv_trace_file_run(struct hv_trace_file *file);
+uint64_t hv_trace_dropped(const struct hv_recorder *recorder); /* exits that its trace lacks */
 
 #endif

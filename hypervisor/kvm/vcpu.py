@@ -6,9 +6,9 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from hypervisor.errors import HostError
+from hypervisor.errors import HostError, KvmError
 from hypervisor.kvm._kvm import ffi, lib
-from hypervisor.kvm.ioctls import control
+from hypervisor.kvm.ioctls import control, control_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,12 @@ GENERAL_REGISTERS: Final = (
 )
 SEGMENT_REGISTERS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 CONTROL_REGISTERS: Final = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+
+
+def reason_names() -> dict[int, str]:
+    """Return the short name of every KVM_EXIT_ reason, such as "io"."""
+    prefix = "KVM_EXIT_"
+    return {getattr(lib, name): name.removeprefix(prefix).lower() for name in dir(lib) if name.startswith(prefix)}
 
 
 def exit_name(reason: int) -> str:
@@ -153,12 +159,37 @@ class Vcpu:
         return self._c.recorder.guest_ticks, self._c.recorder.handler_ticks
 
     @property
+    def recorder(self) -> Any:
+        """The recorder in C, for `hypervisor.kvm.recorder`."""
+        return ffi.addressof(self._c, "recorder")
+
+    def recorded_rows(self) -> bytes:
+        """Copy what is recorded of the exits so far; `hypervisor.kvm.recorder.raw_rows` takes it apart."""
+        recorder = self._c.recorder
+        return bytes(ffi.buffer(recorder.row, recorder.row_count * ffi.sizeof("struct hv_row")))
+
+    def sample_places(self, every: int) -> None:
+        """Have RIP and CR3 recorded at one exit in `every` (KVM_CAP_SYNC_REGS); 0: at none. Before it runs."""
+        self._c.recorder.every = every
+
+    def set_recording(self, enabled: bool) -> None:
+        """Switch counts and histograms off, to measure what they cost, and on again. Before it runs."""
+        self._c.recorder.enabled = enabled
+
+    @property
     def recent_exits(self) -> list[ExitRecord]:
         """The last exits (at most 64), oldest first."""
         count = self._c.recorder.recent_count
         kept = min(count, lib.HV_RECENT)
         rows = (self._c.recorder.recent[i % lib.HV_RECENT] for i in range(count - kept, count))
         return [ExitRecord(r.tick, r.reason, r.kind, r.size, r.address, r.operations) for r in rows]
+
+    def tsc_khz(self) -> int:
+        """Return the frequency of the vCPU's TSC in kHz; 0 where KVM does not tell (KVM_GET_TSC_KHZ)."""
+        try:
+            return control_value(self._fd, lib.KVM_GET_TSC_KHZ)
+        except KvmError:
+            return 0
 
     # --- state --------------------------------------------------------------------------------------------------------
 

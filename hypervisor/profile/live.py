@@ -1,0 +1,187 @@
+"""A running machine's exits as a value: what C has counted, with names from the machine's devices."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from hypervisor.kvm.recorder import ELSEWHERE, raw_rows
+from hypervisor.kvm.vcpu import MMIO_READ, MMIO_WRITE, PIO_IN, PIO_OUT, reason_names
+from hypervisor.profile.exits import ExitRow, Exits, Mark
+from hypervisor.profile.histogram import Histogram
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hypervisor.bus import Bus
+    from hypervisor.clock import Clock
+    from hypervisor.kvm.recorder import RawRow
+    from hypervisor.vcpu import Vcpu
+
+__all__ = ["LiveExits", "row_of", "rows_of"]
+
+PORTS: Final = {PIO_IN, PIO_OUT}
+DIRECTIONS: Final = {PIO_IN: "in", MMIO_READ: "in", PIO_OUT: "out", MMIO_WRITE: "out"}
+MOST_MARKS: Final = 1024
+MOST_MARK_BYTES: Final = 16 << 20
+"""What marks may take, packed: a guest decides how many there are."""
+
+
+def histogram_of(raw: tuple[int, int, memoryview], ns_per_tick: float) -> Histogram:
+    """Return a histogram that C keeps as a value."""
+    total, largest, words = raw
+    buckets = {bucket: count for bucket, count in enumerate(words.tolist()) if count}
+    return Histogram(buckets, total, largest, ns_per_tick=ns_per_tick)
+
+
+def rows_of(
+    data: bytes,
+    *,
+    vcpu: int,
+    ns_per_tick: float,
+    reasons: Mapping[int, str],
+    name: Callable[[int, int], tuple[str | None, str | None]],
+) -> list[ExitRow]:
+    """Turn what `Vcpu.recorded_rows` returned into rows.
+
+    Args:
+        data: the rows.
+        vcpu: whose.
+        ns_per_tick: nanoseconds of a tick.
+        reasons: names of exit reasons by number.
+        name: gives device and register (None: nobody's) for a kind of access (as in runloop.h) and an address.
+    """
+    return [
+        row_of(raw, vcpu=vcpu, ns_per_tick=ns_per_tick, reasons=reasons, name=name)
+        for raw in raw_rows(data)
+        if raw.exits
+    ]
+
+
+def row_of(
+    raw: RawRow,
+    *,
+    vcpu: int,
+    ns_per_tick: float,
+    reasons: Mapping[int, str],
+    name: Callable[[int, int], tuple[str | None, str | None]],
+) -> ExitRow:
+    """Turn a row of C's into one with names; the arguments are those of `rows_of`."""
+    direction = DIRECTIONS.get(raw.kind)
+    known = direction is not None and raw.address != ELSEWHERE
+    device, register = name(raw.kind, raw.address) if known else (None, None)
+    return ExitRow(
+        layer="user",
+        reason=reasons.get(raw.reason, str(raw.reason)),
+        device=device,
+        register=register,
+        address=raw.address if known else None,
+        direction=direction,
+        size=(raw.size or None) if direction else None,
+        vcpu=vcpu,
+        count=raw.exits,
+        operations=raw.operations,
+        handler=histogram_of(raw.handler, ns_per_tick),
+        guest=histogram_of(raw.guest, ns_per_tick),
+        symbols={},
+    )
+
+
+class LiveExits:
+    """What `Machine.exits` is made from, and the marks.
+
+    Attributes:
+        clock: since the machine's start.
+        on_mark: called with a mark's name, its nanoseconds since the start, and each vCPU's rows (zlib).
+        reasons: names of exit reasons by number.
+    """
+
+    def __init__(self, vcpus: Sequence[Vcpu], ports: Bus, memory: Bus, clock: Clock) -> None:
+        """Watch these vCPUs, whose accesses go to these buses."""
+        self._vcpus = vcpus
+        self._buses = (memory, ports)
+        self.reasons = reason_names()
+        self._marks: list[tuple[str, int, list[bytes]]] = []
+        self._mark_bytes = 0
+        self.on_mark: Callable[[str, int, Sequence[bytes]], None] = lambda _name, _at_ns, _packed: None
+        self.clock = clock
+
+    def name(self, kind: int, address: int) -> tuple[str | None, str | None]:
+        """Return the device and the register at an address, as they are now; (None, None) for open bus."""
+        found = self._buses[kind in PORTS].name_of(address, write=DIRECTIONS[kind] == "out")
+        return found or (None, None)
+
+    def has_name(self, kind: int, address: int) -> bool:
+        """Whether exits of this kind are accesses to an address of their own."""
+        return kind in DIRECTIONS and address != ELSEWHERE
+
+    def rows_in(self, data: bytes) -> list[RawRow]:
+        """Take apart what `Vcpu.recorded_rows` returned."""
+        return raw_rows(data)
+
+    def _rows(self, snapshot: Sequence[bytes]) -> list[ExitRow]:
+        scale = self.clock.ns_per_tick
+        return [
+            row
+            for index, data in enumerate(snapshot)
+            for row in rows_of(data, vcpu=index, ns_per_tick=scale, reasons=self.reasons, name=self.name)
+        ]
+
+    def exits(self) -> Exits:
+        """Return all exits up to now."""
+
+        def load(packed: list[bytes]) -> list[ExitRow]:
+            return self._rows([zlib.decompress(data) for data in packed])
+
+        marks = [Mark(name, at_ns, partial(load, packed)) for name, at_ns, packed in self._marks]
+        return Exits(
+            self._rows([vcpu.handle.recorded_rows() for vcpu in self._vcpus]), marks=marks, end_ns=self.clock.now_ns()
+        )
+
+    @property
+    def marks(self) -> list[tuple[str, int]]:
+        """Name and nanoseconds since the start of every mark."""
+        return [(name, at_ns) for name, at_ns, _ in self._marks]
+
+    def mark(self, name: str) -> bool:
+        """Give this moment a name; returns False when there are too many marks already, and none is made."""
+        if len(self._marks) >= MOST_MARKS or self._mark_bytes >= MOST_MARK_BYTES:
+            return False
+        packed = [zlib.compress(vcpu.handle.recorded_rows(), 1) for vcpu in self._vcpus]
+        self._mark_bytes += sum(map(len, packed))
+        at_ns = self.clock.now_ns()
+        self._marks.append((name, at_ns, packed))
+        self.on_mark(name, at_ns, packed)
+        return True
+
+
+class TextMarks:
+    """Makes a mark whenever the console prints what a regular expression finds in a line."""
+
+    LONGEST = 4096
+    """Bytes of a line that are looked at."""
+
+    def __init__(self, pattern: str, mark: Callable[[str], bool]) -> None:
+        """Look for `pattern`; the mark is called what its first group matched, or all of it without groups."""
+        self._pattern = re.compile(pattern.encode())
+        self._mark = mark
+        self._line = b""
+
+    def take(self, data: bytes) -> None:
+        """Look at output of the console; a line is marked as soon as it matches, once."""
+        *lines, rest = (self._line + data).split(b"\n")
+        for line in lines:
+            self._look(line)
+        if len(rest) > self.LONGEST or self._look(rest):
+            rest = b""
+        self._line = rest
+
+    def _look(self, line: bytes) -> bool:
+        found = self._pattern.search(line[: self.LONGEST])
+        if found is None:
+            return False
+        name = found[1] if found.re.groups and found[1] is not None else found[0]
+        self._mark(name.decode(errors="backslashreplace"))
+        return True
