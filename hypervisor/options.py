@@ -20,8 +20,8 @@ class DiskConfig(NamedTuple):
 
     Attributes:
         path: image file (raw or qcow2, told apart by content) or block device.
-        format: "raw" or "qcow2"; None tells by the content. Name it for a raw image that a guest you do not trust
-            writes: what it writes to the beginning could look like the header of another format.
+        format: "raw" or "qcow2"; None tells by the content, and refuses a qcow2 image that names another file, since a
+            guest can write such a header to a raw image. Without a name it could still make its raw image grow.
         readonly: whether the guest may only read.
         overlay: where writes go instead of the image: "memory", or a qcow2 file, made if need be; None: the image.
         serial: what the guest reads as the disk's serial number; at most 20 ASCII characters.

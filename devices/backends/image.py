@@ -94,9 +94,14 @@ def open_image(
 ) -> Image:
     """Open a disk image, told apart by its content, and lock it.
 
+    A guest may write a qcow2 header to its raw image, and such a header can name any file of the host. So an image that
+    was only told by its content must be whole by itself: one that names another file is refused. That suffices, and a
+    guest may write to its first sector what it likes: a forged header that names nothing makes, at the next start, a
+    disk out of the image's own bytes. It may be a larger disk, whose file grows: with `form` "raw" it never does.
+
     Args:
         path: a raw or qcow2 file, or a block device.
-        form: "raw" or "qcow2"; None tells by the content.
+        form: "raw" or "qcow2"; None tells by the content, and what names another file is refused.
         readonly: refuse writes; others may read the file too.
         overlay: where writes go instead of `path`: "memory", or a qcow2 file that is made if need be; None: to `path`.
         cache: "writeback", "none" (past the host's page cache) or "unsafe" (flushes do nothing).
@@ -105,25 +110,26 @@ def open_image(
         BackendError: it is missing, damaged, in use, or may not be opened.
     """
     path = os.fspath(path)
+    trusted = form is not None
     form = form or ("qcow2" if is_qcow2(path) else "raw")
     if overlay is None:
-        return _open(path, form, readonly=readonly, cache=cache)
+        return _open(path, form, readonly=readonly, cache=cache, trusted=trusted)
     if overlay == "memory":
         from devices.backends.memory_overlay import MemoryOverlay
 
-        return MemoryOverlay(_open(path, form, readonly=True, cache=cache))
+        return MemoryOverlay(_open(path, form, readonly=True, cache=cache, trusted=trusted))
     from devices.backends.qcow2 import create_overlay, open_qcow2
 
     if not os.path.exists(overlay):
-        create_overlay(overlay, os.path.abspath(path), form)
+        create_overlay(overlay, os.path.abspath(path), form, trusted=trusted)
     return open_qcow2(overlay, readonly=False, cache=cache, wanted_backing=path)
 
 
-def _open(path: str, form: str, *, readonly: bool, cache: str) -> Image:
+def _open(path: str, form: str, *, readonly: bool, cache: str, trusted: bool) -> Image:
     if form == "qcow2":
         from devices.backends.qcow2 import open_qcow2
 
-        return open_qcow2(path, readonly=readonly, cache=cache)
+        return open_qcow2(path, readonly=readonly, cache=cache, trusted=trusted)
     from devices.backends.raw import RawImage
 
     return RawImage(path, readonly=readonly, cache=cache)

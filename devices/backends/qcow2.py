@@ -23,6 +23,7 @@ from devices.backends.qcow2_header import (
     DIRTY,
     FEATURES_AT,
     Header,
+    check_stands_alone,
     create,
     parse,
 )
@@ -50,7 +51,9 @@ MAX_ZEROED: Final = 1 << 15
 """Clusters whose entries are changed at once."""
 
 
-def open_qcow2(path: str, *, readonly: bool, cache: str, wanted_backing: str | None = None) -> Qcow2Image:
+def open_qcow2(
+    path: str, *, readonly: bool, cache: str, wanted_backing: str | None = None, trusted: bool = True
+) -> Qcow2Image:
     """Open an image and its backing files.
 
     Args:
@@ -58,11 +61,12 @@ def open_qcow2(path: str, *, readonly: bool, cache: str, wanted_backing: str | N
         readonly: refuse writes.
         cache: see `devices.backends.image.open_image`.
         wanted_backing: the file that must be its backing file; None: any.
+        trusted: whether somebody said that it is a qcow2 image; one that only looks like it may name no other file.
 
     Raises:
         BackendError: one of them cannot be used.
     """
-    image = Qcow2Image(path, readonly=readonly, cache=cache, above=())
+    image = Qcow2Image(path, readonly=readonly, cache=cache, above=(), trusted=trusted)
     if wanted_backing is not None:
         found = image.backing_path
         if found is None or not os.path.samefile(found, wanted_backing):
@@ -74,9 +78,9 @@ def open_qcow2(path: str, *, readonly: bool, cache: str, wanted_backing: str | N
     return image
 
 
-def create_overlay(path: str, backing_path: str, backing_format: str) -> None:
-    """Make an empty overlay over an image; raises BackendError when that cannot be done."""
-    base = _open_backing(backing_path, backing_format, cache="writeback", above=())
+def create_overlay(path: str, backing_path: str, backing_format: str, *, trusted: bool = True) -> None:
+    """Make an empty overlay over an image; raises BackendError when that cannot be done. `trusted`: see open_qcow2."""
+    base = _open_backing(backing_path, backing_format, cache="writeback", above=(), trusted=trusted)
     try:
         create(path, base.size, backing=backing_path, backing_format=backing_format)
     except OSError as error:
@@ -85,7 +89,10 @@ def create_overlay(path: str, backing_path: str, backing_format: str) -> None:
         base.close()
 
 
-def _open_backing(path: str, form: str | None, *, cache: str, above: tuple[tuple[int, int], ...]) -> Image:
+def _open_backing(
+    path: str, form: str | None, *, cache: str, above: tuple[tuple[int, int], ...], trusted: bool = True
+) -> Image:
+    """Open a backing file. Without a stated format it is raw: who wrote its beginning does not decide what it is."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -98,8 +105,13 @@ def _open_backing(path: str, form: str | None, *, cache: str, above: tuple[tuple
         raise BackendError(f"backing file {path}: its format {form!r} is not supported")
     if form == "qcow2" and not is_qcow2(path):
         raise BackendError(f"backing file {path} is no qcow2 image, though it is said to be one")
-    if form == "qcow2" or (form is None and is_qcow2(path)):
-        return Qcow2Image(path, readonly=True, cache=cache, above=above)
+    if form is None and is_qcow2(path):
+        raise BackendError(
+            f"backing file {path} looks like a qcow2 image, and no format is stated for it",
+            hint=f"`qemu-img rebase -u -b {path} -F qcow2 IMAGE` states it",
+        )
+    if form == "qcow2":
+        return Qcow2Image(path, readonly=True, cache=cache, above=above, trusted=trusted)
     return RawImage(path, readonly=True, cache="writeback" if cache == "none" else cache, any_size=True)
 
 
@@ -113,7 +125,9 @@ class Qcow2Image:
     block_size = 512
     plain_fd = None
 
-    def __init__(self, path: str, *, readonly: bool, cache: str, above: tuple[tuple[int, int], ...]) -> None:
+    def __init__(
+        self, path: str, *, readonly: bool, cache: str, above: tuple[tuple[int, int], ...], trusted: bool = True
+    ) -> None:
         """Open it; `above` are the device and inode numbers of the images that it is the backing file of."""
         self.readonly = readonly
         self._path = path
@@ -121,7 +135,7 @@ class Qcow2Image:
         self._backing: Image | None = None
         self._lock = threading.Lock()
         try:
-            self._open(above, cache)
+            self._open(above, cache, trusted)
         except OSError as error:
             self.close()
             raise BackendError(f"disk image {path}: {error.strerror}") from error
@@ -129,9 +143,12 @@ class Qcow2Image:
             self.close()
             raise
 
-    def _open(self, above: tuple[tuple[int, int], ...], cache: str) -> None:
+    def _open(self, above: tuple[tuple[int, int], ...], cache: str, trusted: bool) -> None:
         file = self._file
-        header = self._header = parse(self._path, file.read_at(0, min(file.size, 1 << 16)), file.size)
+        data = file.read_at(0, min(file.size, 1 << 16))
+        if not trusted:
+            check_stands_alone(self._path, data)
+        header = self._header = parse(self._path, data, file.size)
         self.size = header.size
         self._bits = header.cluster_bits
         self._cluster = self.cluster_size = 1 << header.cluster_bits

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from devices.backends.errors import BackendError
 
-__all__ = ["Header", "create", "parse"]
+__all__ = ["Header", "check_stands_alone", "create", "parse"]
 
 MAGIC: Final = 0x514649FB
 _V2: Final = Struct(">IIQIIQIIQQIIQ")
@@ -19,6 +19,7 @@ V3_SIZE: Final = V2_SIZE + _V3.size
 DIRTY: Final = 1 << 0
 CORRUPT: Final = 1 << 1
 COMPRESSION: Final = 1 << 3
+DATA_FILE: Final = 1 << 2
 INCOMPATIBLE: Final = {
     2: "an external data file",
     4: "extended L2 entries",
@@ -33,6 +34,8 @@ MAX_SIZE: Final = 1 << 55
 MAX_L1_BYTES: Final = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES: Final = 8 << 20
 MAX_NAME: Final = 1023
+MAX_SHOWN_NAME: Final = 100
+"""Characters of a name in a message."""
 SECTOR: Final = 512
 
 
@@ -95,6 +98,32 @@ def parse(path: str, data: bytes, file_size: int) -> Header:
     return Header(
         *(version, bits, size, l1_size, l1_at, table_at, table_clusters, order, snapshots, incompatible, autoclear),
         *(compression, backing, _backing_format(data, length)),
+    )
+
+
+def check_stands_alone(path: str, data: bytes) -> None:
+    """Refuse a header that names another file: nobody but the file itself said that it is a qcow2 image.
+
+    Args:
+        path: for messages.
+        data: the file's beginning; what is damaged in it is for `parse` to say.
+
+    Raises:
+        BackendError: there is a backing file or an external data file.
+    """
+    if len(data) < V2_SIZE:
+        return
+    _, version, name_at, name_size, *_ = _V2.unpack_from(data)
+    if name_at:
+        name = ascii(os.fsdecode(data[name_at : name_at + min(name_size, MAX_NAME)]))
+        what = f"another file, {name if len(name) <= MAX_SHOWN_NAME else name[:MAX_SHOWN_NAME] + '...'}"
+    elif version >= 3 and len(data) >= V3_SIZE and _V3.unpack_from(data, V2_SIZE)[0] & DATA_FILE:
+        what = "an external data file"
+    else:
+        return
+    raise BackendError(
+        f"disk image {path} looks like a qcow2 image that names {what}",
+        hint="a guest can write such a header: say format=qcow2 if you trust it, format=raw if it is a raw image",
     )
 
 

@@ -34,7 +34,7 @@ examples:
 
 disks, networks and more (--disk, --net and --port may be repeated; N takes K, M, G):
   --disk FILE[,readonly][,overlay=memory|QCOW2][,serial=TEXT][,cache=writeback|none|unsafe][,iops=N][,bandwidth=N]
-         [,format=raw|qcow2]   told by the content if left out: name it for a raw image that others write to
+         [,format=raw|qcow2]   told by the content if left out; qcow2 over a backing file must be named
   --net tap=NAME | user[,forward=HOSTPORT:GUESTPORT[/udp]]... | link=NAME | none   [,mac=ADDRESS][,pcap=FILE]
   --port socket=PATH | file=PATH          the console /dev/hvc0;  --port NAME,socket=PATH  a named port
   --vsock 3,path=/tmp/vm.vsock            host connects and says "CONNECT PORT"; the guest reaches PATH_PORT

@@ -39,7 +39,8 @@ def test_a_disk_of_each_kind(tmp_path, kind):
     outcome, said, _ = drive(f"{path},serial=S-{kind}{more.get(kind, '')}")
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0)
     assert said == f"sectors: 64\nserial: S-{kind}\n"
-    image = open_image(str(overlay if kind == "overlay-file" else path), readonly=True)
+    what, form = (overlay, "qcow2") if kind == "overlay-file" else (path, None)
+    image = open_image(str(what), form=form, readonly=True)
     data = bytearray(SIZE)
     image.readv(0, [memoryview(data)])
     image.close()

@@ -119,7 +119,7 @@ def test_any_sequence_equals_a_plain_array(tmp_path, data):
         backing.write_bytes(model[:length])
     path = folder / "i.qcow2"
     create(str(path), size, cluster_bits=bits, backing=backing and str(backing), backing_format=backing and "raw")
-    image = open_image(str(path))
+    image = open_image(str(path), form="qcow2")
     ranges = st.tuples(st.integers(0, size // 512 - 1), st.integers(1, 140)).map(
         lambda pair: (pair[0] * 512, min(pair[1] * 512, size - pair[0] * 512))
     )
@@ -130,7 +130,7 @@ def test_any_sequence_equals_a_plain_array(tmp_path, data):
         elif what == "reopen":
             image.close()
             check(path)
-            image = open_image(str(path))
+            image = open_image(str(path), form="qcow2")
         else:
             offset, length = data.draw(ranges)
             if what == "write":
@@ -252,15 +252,69 @@ def test_backing_files_that_are_missing_circular_or_of_another_format(tmp_path):
     a, b, link = tmp_path / "a.qcow2", tmp_path / "b.qcow2", tmp_path / "link"
     create(str(a), MIB, backing="b.qcow2", backing_format="qcow2")
     with pytest.raises(BackendError, match="No such file"):
-        open_image(str(a))
+        open_image(str(a), form="qcow2")
     link.symlink_to(a)
     create(str(b), MIB, backing="link", backing_format="qcow2")
     with pytest.raises(BackendError, match="leads back to itself"):
-        open_image(str(a))
+        open_image(str(a), form="qcow2")
     b.unlink()
     b.write_bytes(bytes(MIB))
     with pytest.raises(BackendError, match="is no qcow2 image"):
-        open_image(str(a))
+        open_image(str(a), form="qcow2")
+
+
+@pytest.mark.parametrize("how", [{}, {"readonly": True}, {"overlay": "memory"}, {"overlay": "new"}])
+@pytest.mark.parametrize("named", ["backing", "data"])
+def test_an_image_told_by_content_names_no_other_file(tmp_path, how, named):
+    """A guest that owns a raw image writes a header that names a file of the host: nothing is opened or changed."""
+    secret, path = tmp_path / "secret\x1b[2J", tmp_path / "disk.img"
+    secret.write_bytes(b"s" * MIB)
+    backing = {"backing": str(secret), "backing_format": "raw"} if named == "backing" else {}
+    create(str(path), MIB, **backing)
+    if named == "data":
+        patched(path, 72, (4).to_bytes(8, "big"))  # incompatible features, bit 2: the data is in another file
+    how = {key: str(tmp_path / value) if value == "new" else value for key, value in how.items()}
+    before = path.read_bytes()
+    with pytest.raises(BackendError, match=r"looks like a qcow2 image that names an") as caught:
+        open_image(str(path), **how)
+    assert str(caught.value).isprintable()
+    assert "format=qcow2" in caught.value.hint
+    assert "format=raw" in caught.value.hint
+    assert path.read_bytes() == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["disk.img", secret.name]
+    if named == "backing":
+        image = open_image(str(path), form="qcow2", **how)
+        assert contents(image) == b"s" * MIB
+        image.close()
+    (tmp_path / "new").unlink(missing_ok=True)
+    image = open_image(str(path), form="raw", **how)
+    assert contents(image) == before
+    image.close()
+
+
+def test_a_name_that_fills_the_header_is_shown_in_part(tmp_path):
+    path = tmp_path / "disk.img"
+    create(str(path), MIB, backing="n" * 1000, backing_format="raw")
+    with pytest.raises(BackendError, match="nnn") as caught:
+        open_image(str(path))
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_a_backing_file_without_a_stated_format_is_raw(tmp_path):
+    """What a guest wrote to a raw base does not make it another format."""
+    base, path = tmp_path / "base", tmp_path / "a.qcow2"
+    base.write_bytes(b"b" * MIB)
+    create(str(path), MIB, backing="base")
+    image = open_image(str(path), form="qcow2")
+    assert contents(image) == b"b" * MIB
+    image.close()
+    base.unlink()
+    create(str(base), MIB)
+    with pytest.raises(BackendError, match="no format is stated") as caught:
+        open_image(str(path), form="qcow2")
+    assert "-F qcow2" in caught.value.hint
+    qemu_img("rebase", "-u", "-b", base, "-F", "qcow2", path)
+    open_image(str(path), form="qcow2").close()
 
 
 def test_two_cannot_write_one_image_and_qemu_respects_it(tmp_path):

@@ -36,7 +36,7 @@ def recorded(monkeypatch):
 
 def work(path, rng, model, operations):
     """Use an image; return what each flush promised: (operations by then, the disk, ranges that changed after it)."""
-    image = open_image(str(path))
+    image = open_image(str(path), form="qcow2")
     promises = [(0, bytes(model), [])]
     for _ in range(40):
         what = rng.random()
@@ -85,7 +85,7 @@ def verdict(path, promises, reached):
         return result.stdout + result.stderr
     _, disk, changed = [one for one in promises if one[0] <= reached][-1]
     found, promised = bytearray(SIZE), bytearray(disk)
-    image = open_image(str(path), readonly=True)
+    image = open_image(str(path), form="qcow2", readonly=True)
     image.readv(0, [memoryview(found)])
     image.close()
     for offset, size in changed:

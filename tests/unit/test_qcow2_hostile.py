@@ -156,7 +156,7 @@ def test_a_raw_backing_file_of_any_length(tmp_path):
     base, path = tmp_path / "b.raw", tmp_path / "o.qcow2"
     base.write_bytes(b"a" * 1000)
     create(str(path), MIB, backing=str(base), backing_format="raw")
-    image = open_image(str(path))
+    image = open_image(str(path), form="qcow2")
     found = bytearray(2048)
     image.readv(0, [memoryview(found)])
     image.close()
