@@ -1,8 +1,8 @@
-"""PCI: one root bus, configuration mechanism #1 (ports 0xCF8 to 0xCFF), and the window where the bus's memory decodes.
+"""PCI: one root bus, its configuration space by ports (mechanism #1, 0xCF8 to 0xCFF) and in memory (ECAM), its window.
 
-PciBus knows the functions; PciConfigPorts and PciMemoryWindow are the two devices of the machine through which a guest
-reaches them, and what happens behind both is one thing: the machine gives them one lock. PciFunction is the base of
-what sits on the bus: a type 0 header whose BARs decode where the guest puts them (PCI Local Bus 3.0, chapter 6).
+PciBus knows the functions; PciConfigPorts, PciEcam and PciMemoryWindow are the devices of the machine through which a
+guest reaches them, and what happens behind all is one thing: the machine gives them one lock. PciFunction is the base
+of what sits on the bus: a type 0 header whose BARs decode where the guest puts them (PCI Local Bus 3.0, chapter 6).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "HostBridge",
     "PciBus",
     "PciConfigPorts",
+    "PciEcam",
     "PciFunction",
     "PciMemoryWindow",
     "Reg",
@@ -105,6 +106,7 @@ _BAR_WIDE: Final = 0b100
 _BAR_TYPE_BITS: Final = 0xF
 _SPACE: Final = 0x100
 _FIRST_CAPABILITY: Final = 0x40
+_EXTENDED_SPACE: Final = 0x1000
 
 
 class HostBridge:
@@ -418,6 +420,38 @@ class PciMemoryWindow:
             return None
         function, bar, inside = found
         return function.name, BarRegisters(function, bar), inside
+
+
+class PciEcam:
+    """The configuration space of a bus's functions in memory, 4 KiB each (PCI Express 4.0, 7.2.2).
+
+    No function here has extended capabilities: from 0x100 on all is zero, which says so (7.6.1), and nothing can be
+    written. An access across a dword need not be supported (7.2.2) and is not.
+    """
+
+    def __init__(self, bus: PciBus) -> None:
+        """Lead to `bus`."""
+        self._bus = bus
+
+    def read(self, offset: int, size: int) -> int:
+        """Return what is at a register of a function; one that is not there reads as all ones."""
+        place, register = divmod(offset, _EXTENDED_SPACE)
+        target = self._bus.function(place)
+        if target is None or (register & 3) + size > 4:
+            return OPEN_BUS
+        return target.config_read(register, size) if register < _SPACE else 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Hand a write to a register of a function."""
+        place, register = divmod(offset, _EXTENDED_SPACE)
+        target = self._bus.function(place)
+        if target is not None and register < _SPACE and (register & 3) + size <= 4:
+            target.config_write(register, size, value)
+
+    def register_name(self, offset: int, *, write: bool) -> str:  # noqa: ARG002 - both ways the same
+        """Return the function's place and the register's offset: see `NamedRegisters`."""
+        place, register = divmod(offset, _EXTENDED_SPACE)
+        return f"00:{place >> 3:02x}.{place & 7:x}+{register:#x}"
 
 
 class PciConfigPorts:

@@ -46,6 +46,9 @@ HIGH_MEMORY: Final = 0x100000
 PCI_WINDOW: Final = 0xE000_0000
 """Where the BARs of PCI functions are, and may be moved to."""
 PCI_WINDOW_SIZE: Final = 0x1000_0000
+PCI_ECAM: Final = 0xF000_0000
+"""Configuration space of bus 0, 4 KiB a function (PCI Express 4.0, 7.2.2)."""
+PCI_ECAM_SIZE: Final = MIB
 VIRTIO_MMIO: Final = 0xFEB0_0000
 """Registers of virtio-mmio devices, one behind the other, where QEMU's microvm has them."""
 VIRTIO_MMIO_STRIDE: Final = 0x200

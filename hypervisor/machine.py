@@ -162,6 +162,7 @@ class Machine:
         self._pc = Pc(
             vm=self._vm,
             ports=self.bus_pio,
+            memory_bus=self.bus_mmio,
             loop=self.loop,
             irq=irq,
             console=self.console,

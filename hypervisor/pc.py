@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from devices.acpi_pm import AcpiPm
     from devices.fw_cfg import FwCfg
     from devices.i8042 import I8042
-    from devices.pci import PciConfigPorts
+    from devices.pci import PciConfigPorts, PciEcam
     from devices.ports import Device, IrqLine, NamedRegisters
     from devices.rtc_mc146818 import RtcMc146818
     from devices.uart16550 import Uart16550
@@ -119,13 +119,14 @@ class LazyDevice(Generic[D]):
 
 
 class Pc:
-    """The devices of one machine, claimed on its port bus."""
+    """The devices of one machine, claimed on its buses."""
 
     def __init__(  # noqa: PLR0913 - what a board is wired to
         self,
         *,
         vm: Vm,
         ports: Bus,
+        memory_bus: Bus,
         loop: EventLoop,
         irq: Callable[[int], IrqLine],
         console: Console,
@@ -156,7 +157,7 @@ class Pc:
         self._add_rtc(irq(layout.IRQ_RTC), memory)
         self._add_acpi(irq(layout.IRQ_SCI), on_power_off)
         self._add_fw_cfg(cpus, memory)
-        self._add_pci(on_reset, virtio)
+        self._add_pci(memory_bus, on_reset, virtio)
 
     def _add_uart(self, irq: IrqLine, console: Console, ring: int, is_polled: Callable[[int], bool]) -> None:
         def make() -> Uart16550:
@@ -237,14 +238,21 @@ class Pc:
 
         self._ports.claim(layout.FW_CFG, 2, LazyDevice(make), "fw_cfg")
 
-    def _add_pci(self, on_reset: Callable[[], None], virtio: VirtioBoard | None) -> None:
+    def _add_pci(self, memory_bus: Bus, on_reset: Callable[[], None], virtio: VirtioBoard | None) -> None:
         def make() -> PciConfigPorts:
             from devices.pci import PciConfigPorts
 
             return PciConfigPorts(None if virtio is None else virtio.pci, on_reset=on_reset)
 
+        def make_ecam() -> PciEcam:
+            from devices.pci import PciEcam
+
+            return PciEcam(pci.device.bus)
+
+        pci = LazyDevice(make)
         lock = None if virtio is None else virtio.pci_lock
-        self._ports.claim(layout.PCI_CONFIG, 8, LazyDevice(make), "pci", lock=lock)
+        claim = self._ports.claim(layout.PCI_CONFIG, 8, pci, "pci", lock=lock)
+        memory_bus.claim(layout.PCI_ECAM, layout.PCI_ECAM_SIZE, LazyDevice(make_ecam), "pci-ecam", lock=claim.lock)
 
     def press_power_button(self) -> bool:
         """Ask the guest to power off; return whether it has enabled the button's event."""

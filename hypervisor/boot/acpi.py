@@ -61,7 +61,7 @@ def build_tables(  # noqa: PLR0913 - what a platform has, all of it by name
     pci_devices: int = 0,
     virtio_mmio: Sequence[tuple[int, int]] = (),
 ) -> bytes:
-    """Build RSDP, XSDT, FADT, MADT, DSDT and FACS.
+    """Build RSDP, XSDT, FADT, MADT, MCFG, DSDT and FACS.
 
     Args:
         cpus: how many, 1..MAX_CPUS; their APIC identifiers count from zero.
@@ -90,7 +90,8 @@ def build_tables(  # noqa: PLR0913 - what a platform has, all of it by name
     facs = place(_facs(), 64)
     fadt = place(_fadt(facs, dsdt, i8042=i8042))
     madt = place(_madt(cpus))
-    xsdt = place(_table(b"XSDT", 1, pack("<QQ", fadt, madt)))
+    mcfg = place(_mcfg())
+    xsdt = place(_table(b"XSDT", 1, pack("<QQQ", fadt, madt, mcfg)))
     blob[:_RSDP_SIZE] = _rsdp(xsdt)
     return bytes(blob)
 
@@ -161,6 +162,11 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, body)
 
 
+def _mcfg() -> bytes:
+    """Build the table of PCI's memory-mapped configuration space (PCI Firmware 3.0, 4.1.2): bus 0 of segment 0."""
+    return _table(b"MCFG", 1, bytes(8) + pack("<QHBB4x", layout.PCI_ECAM, 0, 0, 0))
+
+
 def _interrupt_routes(pci_devices: int) -> bytes:
     """Build the _PRT: which GSI the INTA pin of each PCI device leads to (6.2.13)."""
     routes = []
@@ -182,7 +188,7 @@ def _virtio_mmio(number: int, base: int, gsi: int) -> bytes:
 
 
 def _dsdt(s5_sleep_type: int, pci_devices: int, virtio_mmio: Sequence[tuple[int, int]]) -> bytes:
-    """Build the AML: PCI root, RTC, COM1, fw_cfg, virtio-mmio devices, and how to power off."""
+    """Build the AML: PCI root and its ECAM, RTC, COM1, fw_cfg, virtio-mmio devices, and how to power off."""
     hid, crs = "_HID", "_CRS"
     pci = aml.device(
         "PCI0",
@@ -199,6 +205,8 @@ def _dsdt(s5_sleep_type: int, pci_devices: int, virtio_mmio: Sequence[tuple[int,
         ),
         _interrupt_routes(pci_devices),
     )
+    ecam = aml.fixed_memory(layout.PCI_ECAM, layout.PCI_ECAM_SIZE)  # or nobody believes the MCFG (PCI Firmware, 4.1.2)
+    board = aml.device("MBRD", aml.name(hid, aml.eisa_id("PNP0C02")), aml.name(crs, aml.resources(ecam)))
     rtc = aml.device(
         "RTC",
         aml.name(hid, aml.eisa_id("PNP0B00")),
@@ -219,4 +227,4 @@ def _dsdt(s5_sleep_type: int, pci_devices: int, virtio_mmio: Sequence[tuple[int,
     sleep_type = aml.integer(s5_sleep_type)
     s5 = aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
     virtio = [_virtio_mmio(number, base, gsi) for number, (base, gsi) in enumerate(virtio_mmio)]
-    return _table(b"DSDT", 2, aml.scope("\\_SB", pci, rtc, com1, fw_cfg, *virtio) + s5)
+    return _table(b"DSDT", 2, aml.scope("\\_SB", pci, board, rtc, com1, fw_cfg, *virtio) + s5)

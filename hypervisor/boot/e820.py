@@ -29,7 +29,7 @@ def memory_map(ram_bytes: int) -> list[MemoryRange]:
     """Return the ranges of a machine with `ram_bytes` of RAM, by rising address, none empty, none overlapping.
 
     Conventional RAM ends where the MP table begins. Tables that the guest must keep are reserved. RAM above 3 GiB
-    continues at 4 GiB.
+    continues at 4 GiB. Where PCI's configuration space decodes is reserved, for kernels without ACPI too.
     """
     low = min(ram_bytes, layout.RAM_LOW_END)
     legacy = layout.EBDA + layout.EBDA_SIZE
@@ -40,6 +40,7 @@ def memory_map(ram_bytes: int) -> list[MemoryRange]:
         (layout.HIGH_MEMORY, layout.RAM_LOW_END, RAM),
     )
     found = [MemoryRange(base, min(end, low) - base, kind) for base, end, kind in ranges if base < low]
+    found.append(MemoryRange(layout.PCI_ECAM, layout.PCI_ECAM_SIZE, RESERVED))
     if ram_bytes > layout.RAM_LOW_END:
         found.append(MemoryRange(layout.RAM_HIGH_BASE, ram_bytes - layout.RAM_LOW_END, RAM))
     return found

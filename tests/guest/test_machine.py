@@ -116,6 +116,17 @@ def test_unclaimed_memory_reads_as_all_ones(machine_of):
     assert machine.memory.read(0x500, 4) == b"\xff\xff\xff\xff"
 
 
+def test_pci_configuration_in_memory_and_by_ports_is_one(machine_of):
+    """Without a virtio device too: the host bridge's identifiers, both ways, and nobody at the last function."""
+    # mov eax,[0xf0000000]; mov [0x500],eax; mov eax,[0xf00ff000]; mov [0x504],eax
+    code = "a1000000f0 a300050000 a100f00ff0 a304050000"
+    # mov eax,0x80000000; mov edx,0xcf8; out dx,eax; mov dl,0xfc; in eax,dx; mov [0x508],eax; out 0xf4
+    code += "b800000080 baf80c0000 ef b2fc ed a308050000 b000 e6f4 f4"
+    machine = machine_of(bytes.fromhex(code.replace(" ", "")), flat=32)
+    assert machine.run(timeout=20).status == 0
+    assert machine.memory.read(0x500, 12) == bytes.fromhex("8680570d ffffffff 8680570d")
+
+
 def test_halt_without_interrupt_controllers_is_an_end(machine_of):
     outcome = machine_of(b"\xf4", irqchip="none").run(timeout=20)
     assert (outcome.reason, outcome.status) == (Stop.HALTED, 0)

@@ -113,6 +113,29 @@ def test_the_platform_as_linux_sees_it(boot):
     assert shell.machine.wait(timeout=COMMAND_SECONDS).reason is Stop.POWER_OFF
 
 
+@pytest.mark.parametrize("ecam", [True, False])
+def test_pci_by_ecam_and_without(boot, ecam):
+    """Linux believes the MCFG and sees 4 KiB of the host bridge through it; the same function is there as by ports."""
+    without = "" if ecam else " pci=nommconf"
+    shell = boot(append=f"console=ttyS0 panic=-1 cryptomgr.notests loglevel=4 iomem=relaxed{without}", rng=True)
+    log = shell.run("dmesg | grep -i -e MMCONFIG -e ECAM -e 'PCI: Using'", timeout=240)
+    assert "PCI: Using configuration type 1" in log
+    assert "MMCONFIG at [mem 0xf0000000-0xf00fffff]" in log or not ecam, log
+    assert shell.run("grep -ci -e 'PCI MMCONFIG 0000' -e 'PCI ECAM 0000' /proc/iomem") == str(int(ecam))
+    assert shell.run(
+        "cat /sys/bus/pci/devices/0000:00:01.0/vendor /sys/bus/pci/devices/0000:00:01.0/device"
+    ).split() == [
+        "0x1af4",
+        "0x1044",
+    ]
+    size = shell.run("wc -c </sys/bus/pci/devices/0000:00:00.0/config")
+    assert size == ("4096" if ecam else "256")
+    if ecam:
+        assert shell.run("tail -c 3840 /sys/bus/pci/devices/0000:00:00.0/config | tr -d '\\0' | wc -c") == "0"
+    assert shell.run("busybox devmem 0xf0008000 32") == "0x10441AF4"
+    assert shell.run("busybox devmem 0xf0010000 32") == "0xFFFFFFFF"
+
+
 def test_a_kernel_without_a_root_panics_and_does_not_hang(boot, tmp_path):
     empty = tmp_path / "empty.cpio"
     header = b"070701" + b"%08X" * 13 % (0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 11, 0)

@@ -34,6 +34,7 @@ class Tables:
         self.listed = {self.at(entry)[:4]: self.at(entry) for entry in entries}
         self.fadt = self.listed[b"FACP"]
         self.madt = self.listed[b"APIC"]
+        self.mcfg = self.listed[b"MCFG"]
         self.facs_address, self.dsdt_address = struct.unpack_from("<II", self.fadt, 36)
         self.facs = self.at(self.facs_address)
         self.dsdt = self.at(self.dsdt_address)
@@ -71,13 +72,13 @@ def test_rsdp(tables):
 
 def test_headers(tables):
     """5.2.6: every table but the FACS sums to zero; the FADT's OEM table ID is the root table's."""
-    revisions = {b"XSDT": 1, b"FACP": 6, b"APIC": 5, b"DSDT": 2}
-    for table in (tables.xsdt, tables.fadt, tables.madt, tables.dsdt):
+    revisions = {b"XSDT": 1, b"FACP": 6, b"APIC": 5, b"MCFG": 1, b"DSDT": 2}
+    for table in (tables.xsdt, tables.fadt, tables.madt, tables.mcfg, tables.dsdt):
         assert sum(table) % 256 == 0
         assert table[8] == revisions.pop(table[:4])
         assert table[10:24] == tables.xsdt[10:24]
     assert not revisions
-    assert set(tables.listed) == {b"FACP", b"APIC"}
+    assert set(tables.listed) == {b"FACP", b"APIC", b"MCFG"}
 
 
 def test_facs(tables):
@@ -201,6 +202,13 @@ def test_madt(tables):
     assert len(entries) == 7
 
 
+def test_mcfg(tables):
+    """PCI Firmware 3.0, 4.1.2: 8 reserved bytes, then base address, segment, first and last bus."""
+    assert tables.mcfg[8] == 1
+    assert tables.mcfg[36:44] == bytes(8)
+    assert struct.unpack("<QHBBI", tables.mcfg[44:]) == (0xF000_0000, 0, 0, 0, 0)
+
+
 # --- through iasl --------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +231,7 @@ def recompile(table: bytes, directory: Path) -> tuple[str, bytes]:
     return source, (directory / "again.aml").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["xsdt", "fadt", "madt", "facs", "dsdt"])
+@pytest.mark.parametrize("name", ["xsdt", "fadt", "madt", "mcfg", "facs", "dsdt"])
 def test_iasl_understands_every_table(tables, name, tmp_path):
     """Disassembled and compiled again every byte is the same, but for who compiled it and the checksum of that."""
     table = getattr(tables, name)
@@ -247,6 +255,8 @@ def test_dsdt_describes_the_machine(tables, tmp_path):
     assert "EntireRange,0x0000,0x0000,0x0CF7,0x0000,0x0CF8" in text
     assert "EntireRange,0x0000,0x0D00,0xFFFF,0x0000,0xF300" in text
     assert "NonCacheable,ReadWrite,0x00000000,0xE0000000,0xEFFFFFFF,0x00000000,0x10000000" in text
+    assert 'Device(MBRD){Name(_HID,EisaId("PNP0C02"))' in text
+    assert "Memory32Fixed(ReadWrite,0xF0000000,0x00100000,)" in text
     assert 'Device(RTC){Name(_HID,EisaId("PNP0B00"))' in text
     assert "IO(Decode16,0x0070,0x0070,0x01,0x02,)IRQNoFlags(){8}" in text
     assert 'Device(COM1){Name(_HID,EisaId("PNP0501"))' in text

@@ -88,12 +88,15 @@ def test_zero_page():
     assert read(result, address, size) == INITRD
 
 
+ECAM = (0xF000_0000, MIB, 2)
+
+
 @pytest.mark.parametrize(
     ("ram", "expected"),
     [
-        (128 * MIB, [(0x100000, 127 * MIB, 1)]),
-        (3072 * MIB, [(0x100000, 3071 * MIB, 1)]),
-        (4096 * MIB, [(0x100000, 3071 * MIB, 1), (4096 * MIB, 1024 * MIB, 1)]),
+        (128 * MIB, [(0x100000, 127 * MIB, 1), ECAM]),
+        (3072 * MIB, [(0x100000, 3071 * MIB, 1), ECAM]),
+        (4096 * MIB, [(0x100000, 3071 * MIB, 1), ECAM, (4096 * MIB, 1024 * MIB, 1)]),
     ],
 )
 def test_e820(ram, expected):

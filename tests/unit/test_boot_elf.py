@@ -55,7 +55,7 @@ def test_zero_page_without_a_setup_header():
     assert struct.unpack_from("<Q", page, 0x070) == (0xE0000,)
     assert struct.unpack_from("<II", page, 0x218) == ((RAM - len(INITRD)) & ~0xFFF, len(INITRD))
     assert struct.unpack_from("<I", page, 0x228) == (0x20000,)
-    assert page[0x1E8] == 4
+    assert page[0x1E8] == 5
     assert string(result, 0x20000) == b"ro"
 
 
@@ -146,6 +146,7 @@ def test_pvh_start_info():
         (0x9FC00, 0x400, 2, 0),
         (0xE0000, 0x20000, 2, 0),
         (0x100000, 3 * GIB - 0x100000, 1, 0),
+        (0xF000_0000, 0x100000, 2, 0),
         (4 * GIB, GIB, 1, 0),
     ]
 

@@ -62,7 +62,13 @@ def test_information():
         ranges.append(tuple(entry))
         address += size + 4
         length -= size + 4
-    assert ranges == [(0, 0x9FC00, 1), (0x9FC00, 0x400, 2), (0xE0000, 0x20000, 2), (MIB, 63 * MIB, 1)]
+    assert ranges == [
+        (0, 0x9FC00, 1),
+        (0x9FC00, 0x400, 2),
+        (0xE0000, 0x20000, 2),
+        (MIB, 63 * MIB, 1),
+        (0xF000_0000, MIB, 2),
+    ]
 
 
 def test_upper_memory_ends_at_the_first_hole():

@@ -76,7 +76,8 @@ def test_memory_map(ram):
     usable = sum(size for _, size, kind in ranges if kind == 1)
     low = min(ram, 3 * GIB)
     assert usable == ram - max(0, min(low, MIB) - 0x9FC00)
-    assert not any(base < 4 * GIB and base + size > 3 * GIB for base, size, _ in ranges)
+    hole = [(base, size, kind) for base, size, kind in ranges if base < 4 * GIB and base + size > 3 * GIB]
+    assert hole == [(0xF000_0000, MIB, 2)], "only PCI's configuration space, reserved"
 
 
 def test_segments_are_views_of_a_mapped_file(tmp_path):

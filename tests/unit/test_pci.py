@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices.pci import PciConfigPorts
+from devices.pci import PciConfigPorts, PciEcam
 
 ADDRESS, RESET, DATA = 0, 1, 4  # offsets from 0xCF8
 ENABLE = 1 << 31
@@ -165,6 +165,73 @@ def test_added_functions_answer(ports):
 def test_a_place_is_given_once_and_must_exist(ports, place):
     with pytest.raises(ValueError, match="no place"):
         ports.bus.add(*place, FakeFunction())
+
+
+# --- in memory (PCI Express 4.0, 7.2.2) -------------------------------------------------------------------------------
+
+
+def place_in_memory(device: int, function: int, register: int) -> int:
+    """Address bits 27..20 are the bus, 19..15 the device, 14..12 the function, 11..0 the register."""
+    return device << 15 | function << 12 | register
+
+
+@given(
+    device=st.integers(1, 31),
+    function=st.integers(0, 7),
+    register=st.integers(0, 255),
+    size=st.sampled_from([1, 2, 4]),
+    value=st.integers(0, 0xFFFF_FFFF),
+)
+def test_memory_and_ports_reach_the_same_registers(device, function, register, size, value):
+    register -= register % size
+    value &= (1 << 8 * size) - 1
+    ports = PciConfigPorts(on_reset=Resets())
+    ecam, target = PciEcam(ports.bus), FakeFunction()
+    ports.bus.add(device, function, target)
+    where = place_in_memory(device, function, register)
+    assert ecam.read(where, size) == config_read(ports, (0, device, function), register, size)
+    ecam.write(where, size, value)
+    assert target.calls[-1] == (register, size, value)
+    assert config_read(ports, (0, device, function), register, size) == value
+
+
+def test_every_place_is_found_where_the_address_says(ports):
+    ecam = PciEcam(ports.bus)
+    ports.bus.add(31, 7, FakeFunction())
+    ones = (1 << 32) - 1
+    found = [at for at in range(0, 1 << 20, 1 << 12) if ecam.read(at, 4) & ones != ones]
+    assert found == [0, 0xFF000]
+    assert ecam.read(0, 4) == 0x0D57_8086
+    ecam.write(place_in_memory(5, 0, 4), 2, 7)  # nobody is there
+
+
+def test_a_register_is_called_by_its_function_and_offset(ports):
+    assert PciEcam(ports.bus).register_name(place_in_memory(31, 7, 0x104), write=False) == "00:1f.7+0x104"
+    assert PciEcam(ports.bus).register_name(place_in_memory(2, 0, 4), write=True) == "00:02.0+0x4"
+
+
+def test_there_are_no_extended_capabilities(ports):
+    """7.6.1: a header with identifier, version and next offset of zero says so. An absent function reads as ones."""
+    target = FakeFunction()
+    ports.bus.add(3, 0, target)
+    ecam = PciEcam(ports.bus)
+    for device in (0, 3):
+        assert {ecam.read(place_in_memory(device, 0, register), 4) for register in range(0x100, 0x1000, 4)} == {0}
+    ecam.write(place_in_memory(3, 0, 0x100), 4, 0xFFFF_FFFF)
+    ecam.write(place_in_memory(3, 0, 0xFFC), 4, 0xFFFF_FFFF)
+    assert target.calls == []
+    assert ecam.read(place_in_memory(4, 0, 0x100), 4) & 0xFFFF_FFFF == 0xFFFF_FFFF
+
+
+@pytest.mark.parametrize(("register", "size"), [(0, 8), (3, 2), (1, 4), (0xFE, 4), (0xFF, 2), (0xFFF, 2), (0x104, 8)])
+def test_an_access_across_a_dword_reaches_nobody(ports, register, size):
+    target = FakeFunction()
+    ports.bus.add(3, 0, target)
+    ecam = PciEcam(ports.bus)
+    where = place_in_memory(3, 0, register)
+    assert ecam.read(where, size) & (1 << 8 * size) - 1 == (1 << 8 * size) - 1
+    ecam.write(where, size, 0)
+    assert target.calls == []
 
 
 # --- reset control (ICH10 13.7.5) ------------------------------------------------------------------------------------
