@@ -47,7 +47,7 @@ static int fill(struct hv_path *path, struct window *window, struct hv_chain *ch
         int found = hv_queue_next(path, queue, window->chains - window->first, chain);
         if (found == 0)
             break;
-        if (found > 0 && (chain->readable || !chain->writable || chain->write_size > UINT32_MAX))
+        if (found > 0 && (chain->readable || !chain->writable))
             found = -1;
         if (found < 0)
             return window->chains == window->first ? -1 : 0;

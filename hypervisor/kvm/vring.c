@@ -104,8 +104,8 @@ int hv_queue_next(const struct hv_path *path, const struct hv_queue *queue, uint
             }
             chain->piece[pieces++] = (struct iovec){ (void *)host, one.length };
         }
-        if (!(one.flags & F_NEXT))
-            return 1;
+        if (!(one.flags & F_NEXT)) /* the used ring could not say that a longer one was filled (2.7.5.2) */
+            return chain->read_size + chain->write_size > UINT32_MAX ? -1 : 1;
         index = one.next;
     }
 }

@@ -1,5 +1,6 @@
 """The data paths in C, beside the queue and the models in Python: the same rings, the same answers."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -28,14 +29,14 @@ IN, OUT, FLUSH = 0, 1, 4
 class Ram(FakeRam):
     """The low range only, in one mapping that C can use."""
 
-    def __init__(self):
-        self.map = mmap.mmap(-1, LOW)
+    def __init__(self, size=LOW):
+        self.map = mmap.mmap(-1, size)
         self.low = self.map
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-        self.ranges = [(0, LOW, self.address)]
+        self.ranges = [(0, size, self.address)]
 
     def view(self, gpa, size):
-        if size >= 0 and gpa >= 0 and gpa + size <= LOW:
+        if size >= 0 and gpa >= 0 and gpa + size <= len(self.map):
             return memoryview(self.map)[gpa : gpa + size]
         raise GuestFault(gpa, size)
 
@@ -404,10 +405,13 @@ class Tap:
     def set_offloads(self, features):
         pass
 
+    def receive(self, buffer):
+        return self.theirs.recv_into(buffer)
+
 
 class Interface:
-    def __init__(self, features=1 << 15 | F_EVENT_IDX):
-        self.ram = Ram()
+    def __init__(self, features=1 << 15 | F_EVENT_IDX | F_INDIRECT, ram_bytes=LOW):
+        self.ram = Ram(ram_bytes)
         self.tap = Tap()
         device = Net("net0", self.ram, self.tap, mac=bytes(6), log=EventLog())
         self.driver = driver_of(device, self.ram, features)
@@ -498,6 +502,26 @@ def test_what_is_odd_is_left_for_the_model(interface):
     assert interface.path.run() == TX
     interface.driver.device.serve(TX, most=1)
     assert interface.driver.device.is_broken
+
+
+@pytest.mark.parametrize(("pieces", "is_refused"), [(63, False), (64, True)])
+def test_a_chain_of_4_gib_is_left_for_the_model_which_refuses_it(pieces, is_refused):
+    """2.7.5.2, and 2.7.8: the used ring has no room for such a length. Each piece is the same 64 MiB."""
+    piece = 64 << 20
+    with contextlib.closing(Interface(ram_bytes=2 * piece)) as interface:
+        ours = interface.driver.queues[RX]
+        ours.offer(ours.chain([(piece, piece, True)] * pieces, indirect_at=0x80000))
+        ours.publish()
+        interface.tap.ours.send(bytes(HEADER) + b"z" * 60)
+        interface.thread.start()
+        if is_refused:
+            interface.thread.join(10)
+            assert interface.results == [RX]
+            interface.driver.device.serve(RX, most=1)
+            assert ours.collect() == []
+        else:
+            assert interface.wait(RX, 1) == [(0, HEADER + 60)]
+        assert interface.driver.device.is_broken == is_refused
 
 
 def test_a_tap_that_vanishes_is_told_once_and_leaves_the_path_idle(interface):
