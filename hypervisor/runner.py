@@ -138,8 +138,7 @@ class ThreadRunner(Doorbells):
     def stop(self) -> None:
         """End the threads; returns when what is in flight is done."""
         self._stopping.set()
-        for path in self._paths:
-            path.stop()
+        self._stop_paths()
         for index in range(len(self.kick_fds)):
             self.kick(index)
         for thread in self._threads:
@@ -148,6 +147,11 @@ class ThreadRunner(Doorbells):
         for path in self._paths:
             path.close()
         self._paths.clear()
+
+    def _stop_paths(self) -> None:
+        """Have no data path take another request: for good, as what broke in one queue is broken in all."""
+        for path in self._paths:
+            path.stop()
 
     def wait(self, seconds: float) -> bool:
         """Sleep on behalf of the device; return False as soon as it is being stopped."""
@@ -162,5 +166,7 @@ class ThreadRunner(Doorbells):
                     self.device.serve(index)
                 elif (wanted := path.run()) >= 0:
                     self.device.serve(wanted, most=1, head=path.head)
+                if self.device.is_broken:
+                    self._stop_paths()
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run ends with it
             self._on_fault(error)

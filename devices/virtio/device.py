@@ -142,7 +142,7 @@ class VirtioDevice:
         queue.ignore_kicks()
         try:
             left = most or queue.size
-            while left:
+            while left and self.is_active:  # another thread may find that the device is broken
                 chain = queue.pop()
                 if chain is None:
                     if queue.expect_kicks():  # then the next `pop` has one

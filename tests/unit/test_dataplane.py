@@ -21,6 +21,7 @@ from devices.ports import DiskShortCut, GuestFault, TapShortCut
 from devices.virtio.block import Block
 from devices.virtio.net import Net
 from hypervisor.kvm.dataplane import STOPPED, DiskPath, TapPath
+from hypervisor.runner import ThreadRunner
 
 SECTOR, SECTORS = 512, 64
 IN, OUT, FLUSH = 0, 1, 4
@@ -190,6 +191,48 @@ def test_a_malformed_chain_is_left_for_the_model_to_judge(disk, name):
 def test_an_index_too_far_ahead(disk):
     disk.driver.queues[0].publish(idx=100)
     assert disk.path.run() == 0
+
+
+def test_a_disk_that_broke_in_one_queue_answers_nothing_in_another(tmp_path):
+    """2.1.2: until the driver resets the device, which gives it new paths."""
+    file = tmp_path / "disk"
+    file.write_bytes(bytes(SECTOR))
+    ram, image = Ram(), RawImage(str(file))
+    device = Block("blk0", ram, image, queues=2, log=EventLog())
+    driver = driver_of(device, ram, F_EVENT_IDX | 1 << 9)
+    runner = ThreadRunner(
+        device,
+        lambda _, group, fds: DiskPath(ram.ranges, device.queues[group[0]], device.short_cut(), fds[0]),
+        [[0], [1]],
+        pytest.fail,
+    )
+    runner.start()
+    request = pack("<IIQ", IN, 0, 0)
+
+    def ask():
+        driver.send(1, request, SECTOR + 1, cuts=(SECTOR,))
+        runner.kick(1)
+        for _ in range(400):
+            if done := driver.queues[1].collect():
+                return done
+            threading.Event().wait(0.005)
+        return []
+
+    assert len(ask()) == 1
+    driver.queues[0].publish(idx=1000)
+    runner.kick(0)
+    for _ in range(2000):
+        if driver.transport.status & 64:
+            break
+        threading.Event().wait(0.005)
+    assert driver.transport.status & 64  # DEVICE_NEEDS_RESET
+    threading.Event().wait(0.1)
+    assert ask() == []
+    runner.stop()
+    runner.close()
+    image.close()
+    for signal in driver.signals:
+        os.close(signal.fd)
 
 
 def test_a_file_that_was_cut_short_is_the_models_problem(disk):

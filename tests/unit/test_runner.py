@@ -23,6 +23,7 @@ class Device:
     def __init__(self, queues=2):
         self.queues = [Queue() for _ in range(queues)]
         self.is_active = True
+        self.is_broken = False
         self.served = []
         self.heads = []
         self.changed = threading.Condition()
@@ -164,6 +165,55 @@ def test_a_broken_device_is_no_longer_run_by_its_data_path():
     runner.start()
     device.wait_for(1)
     runner.stop()
+    runner.close()
+
+
+class BusyPath:
+    """A data path that takes a request whenever it is not stopped; told to, it leaves one to the model."""
+
+    head = None
+
+    def __init__(self):
+        self.taken = 0
+        self.leave = threading.Event()
+        self.stopped = threading.Event()
+        self.at_rest = threading.Event()
+
+    def run(self):
+        while not self.stopped.wait(0.001):
+            if self.leave.is_set():
+                self.leave.clear()
+                return 0
+            self.taken += 1
+        self.at_rest.set()
+        return -1
+
+    def stop(self):
+        self.stopped.set()
+
+    def close(self):
+        assert self.stopped.is_set()
+
+
+def test_a_device_that_breaks_in_one_queue_takes_nothing_from_the_others():
+    device = Device(3)
+    paths = []
+    runner = ThreadRunner(device, lambda *_: paths.append(BusyPath()) or paths[-1], [[0], [1], [2]], pytest.fail)
+    runner.start()
+
+    def breaks(index, most=None, head=None):
+        device.is_active, device.is_broken = False, True
+
+    device.serve = breaks
+    paths[0].leave.set()
+    for path in paths[1:]:
+        assert path.at_rest.wait(SECONDS)
+        path.at_rest.clear()
+    runner.kick(1)  # their threads wait to be stopped, and do not run the paths again
+    names = {thread.name for thread in threading.enumerate()}
+    assert {"hv-dev0-0", "hv-dev0-1", "hv-dev0-2"} <= names
+    runner.stop()
+    assert not any(path.at_rest.is_set() for path in paths)
     runner.close()
 
 

@@ -218,6 +218,23 @@ def test_a_malformed_chain_latches_the_device(driver, name):
     assert driver.ask(0, b"again", 5) == b"again"
 
 
+def test_what_breaks_the_device_meanwhile_ends_a_batch(driver):
+    """Another queue's thread latches it: the chain in hand is completed, and no other one is taken."""
+    ours, handle = driver.queues[0], driver.device.handle
+
+    def breaks(queue, chain):
+        driver.device.fail(queue, BrokenQueueError("elsewhere"))
+        return handle(queue, chain)
+
+    driver.device.handle = breaks
+    for _ in range(3):
+        ours.offer(ours.chain([(0x9000, 1, False), (0xA000, 1, True)]))
+    ours.publish()
+    driver.runner.kick(0)
+    assert [written for _, written in ours.collect()] == [1]
+    assert driver.transport.status & NEEDS_RESET
+
+
 def test_indirect_without_the_feature(ram):
     driver = Driver(Echo(ram), ram, features=0)
     driver.queues[0].offer(table_of((0x9000, 1, 0, 0))(driver))
