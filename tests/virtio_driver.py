@@ -1,5 +1,7 @@
 """The driver's half of a virtio device, written from the specification; its constants are restated, not imported."""
 
+from collections import deque
+from itertools import pairwise
 from struct import pack, unpack_from
 
 from devices.ports import GuestFault
@@ -8,7 +10,7 @@ from devices.virtio.transport import VirtioTransport
 # Virtio 1.2, 2.1, 2.7 and chapter 6
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 64
 NEXT, WRITE, INDIRECT = 1, 2, 4
-F_INDIRECT, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+F_INDIRECT, F_EVENT_IDX, F_VERSION_1, F_IN_ORDER = 1 << 28, 1 << 29, 1 << 32, 1 << 35
 PAGE = 4096
 LOW = 1 << 20
 HIGH_BASE = 1 << 32
@@ -99,6 +101,7 @@ class DriverQueue:
         self.end = (self.used + 6 + 8 * size + 15) & ~15
         self.free = list(range(size))
         self.chains = {}
+        self.order = deque()  # heads that were offered and not seen used
         self.idx = self.seen = 0
 
     # --- descriptors --------------------------------------------------------------------------------------------------
@@ -124,12 +127,15 @@ class DriverQueue:
                 self.write_descriptor(index, gpa, length, flags, 0 if last else index + 1, table=indirect_at)
         if nested:
             self.write_descriptor(taken[direct], indirect_at, 16 * nested, INDIRECT)
+        if self.features & F_IN_ORDER:  # what the driver owes in turn (2.7.5.2): descriptors in ring order
+            assert all(b == (a + 1) % self.size for a, b in pairwise(taken))
         self.chains[taken[0]] = taken
         return taken[0]
 
     def offer(self, head):
         """Put a head into the available ring (2.7.13.2) without showing it."""
         self.ram.write(self.available + 4 + 2 * (self.idx % self.size), pack("<H", head))
+        self.order.append(head)
         self.idx = (self.idx + 1) & 0xFFFF
 
     def publish(self, idx=None):
@@ -156,6 +162,8 @@ class DriverQueue:
         done = []
         while self.seen != idx:
             head, written = unpack_from("<II", self.ram.read(self.used + 4 + 8 * (self.seen % self.size), 8))
+            if self.features & F_IN_ORDER:
+                assert head == self.order.popleft(), "used out of order, against VIRTIO_F_IN_ORDER"
             self.free += self.chains.pop(head, [])
             done.append((head, written))
             self.seen = (self.seen + 1) & 0xFFFF

@@ -86,7 +86,7 @@ class Balloon(VirtioDevice):
         features = Feature.MUST_TELL_HOST | Feature.STATS_VQ | Feature.DEFLATE_ON_OOM
         if reporting:
             features |= Feature.PAGE_REPORTING
-        super().__init__(name, ram, queue_sizes=[QUEUE_SIZE] * QUEUES, features=int(features), log=log)
+        super().__init__(name, ram, queue_sizes=[QUEUE_SIZE] * QUEUES, features=int(features), in_order=True, log=log)
         self._reclaim = reclaim
         self._target = 0
         self._actual = 0

@@ -99,7 +99,7 @@ class Console(VirtioDevice):
             raise ValueError(f"{len(ports)} ports; 1 to {MAX_PORTS} can be")
         count = 2 * (len(ports) + 1)
         features = Feature.SIZE | Feature.MULTIPORT
-        super().__init__(name, ram, queue_sizes=[QUEUE_SIZE] * count, features=int(features), log=log)
+        super().__init__(name, ram, queue_sizes=[QUEUE_SIZE] * count, features=int(features), in_order=True, log=log)
         self.ports = tuple(ports)
         self._columns = columns
         self._rows = rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
-from devices.virtio.queue import EVENT_IDX, INDIRECT_DESC, BrokenQueueError, Queue
+from devices.virtio.queue import EVENT_IDX, IN_ORDER, INDIRECT_DESC, BrokenQueueError, Queue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,13 +62,30 @@ class VirtioDevice:
     device_id: ClassVar[int]
 
     def __init__(
-        self, name: str, ram: GuestRam, *, queue_sizes: Sequence[int], features: int = 0, log: EventLog
+        self,
+        name: str,
+        ram: GuestRam,
+        *,
+        queue_sizes: Sequence[int],
+        features: int = 0,
+        in_order: bool = False,
+        log: EventLog,
     ) -> None:
-        """Make a device with a queue of each of these maximal sizes, that offers `features` and what all offer."""
+        """Make a device.
+
+        Args:
+            name: such as "blk0".
+            ram: guest memory.
+            queue_sizes: the largest size of each queue.
+            features: what it offers beside what all offer.
+            in_order: whether it promises to use each queue's buffers in the order in which it finds them (2.7.9), so
+                that a driver need not look for what came back. A model that may finish a later request first does not.
+            log: for what the guest does wrong.
+        """
         self.name = name
         self.log = log
         self.queues = tuple(Queue(ram, index, size) for index, size in enumerate(queue_sizes))
-        self.offered = features | VERSION_1 | INDIRECT_DESC | EVENT_IDX
+        self.offered = features | VERSION_1 | INDIRECT_DESC | EVENT_IDX | (IN_ORDER if in_order else 0)
         self.features = 0
         self.is_active = False
         self.is_broken = False

@@ -84,10 +84,8 @@ class Net(VirtioDevice):
         self, name: str, ram: GuestRam, backend: NetBackend, *, mac: bytes, queue_size: int = 256, log: EventLog
     ) -> None:
         """Make an interface with address `mac` (6 bytes) on `backend`."""
-        features = Feature.MAC | Feature.MRG_RXBUF | Feature.STATUS
-        super().__init__(
-            name, ram, queue_sizes=[queue_size, queue_size], features=int(features) | backend.offered, log=log
-        )
+        features = int(Feature.MAC | Feature.MRG_RXBUF | Feature.STATUS) | backend.offered
+        super().__init__(name, ram, queue_sizes=[queue_size, queue_size], features=features, in_order=True, log=log)
         self.backend = backend
         self.mac = mac
         self.on_watch: Callable[[bool], None] = lambda _wanted: None

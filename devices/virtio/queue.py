@@ -26,7 +26,7 @@ INDIRECT_DESC: Final = 1 << 28
 EVENT_IDX: Final = 1 << 29
 """VIRTIO_F_EVENT_IDX."""
 IN_ORDER: Final = 1 << 35
-"""VIRTIO_F_IN_ORDER."""
+"""VIRTIO_F_IN_ORDER. Each buffer of a batch has its entry all the same: one for all (2.7.9) could not say lengths."""
 
 MAX_SIZE: Final = 1 << 15
 """The largest queue size that the ring's 16-bit indices allow (2.7)."""

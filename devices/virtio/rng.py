@@ -49,7 +49,7 @@ class Rng(VirtioDevice):
             now_ns: the alarm's clock.
             log: for what the guest does wrong.
         """
-        super().__init__(name, ram, queue_sizes=[QUEUE_SIZE], log=log)
+        super().__init__(name, ram, queue_sizes=[QUEUE_SIZE], in_order=True, log=log)
         self._source = source
         self._bandwidth = bandwidth
         self._alarm = alarm

@@ -150,7 +150,7 @@ class Vsock(VirtioDevice):
             connect: given a port that the guest wants on the host, connects to it; None: nobody listens.
             log: for what the guest does wrong.
         """
-        super().__init__(name, ram, queue_sizes=QUEUE_SIZES, log=log)
+        super().__init__(name, ram, queue_sizes=QUEUE_SIZES, in_order=True, log=log)
         self.cid = cid
         self._connect = connect
         self._connections: dict[tuple[int, int], Connection] = {}  # by host port and guest port

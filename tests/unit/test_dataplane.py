@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_virtqueue import BAD
-from virtio_driver import F_EVENT_IDX, F_INDIRECT, LOW, Driver, FakeRam, FakeSignal
+from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, LOW, Driver, FakeRam, FakeSignal
 
 from devices.backends.raw import RawImage
 from devices.events import EventLog
@@ -453,7 +453,7 @@ class Tap:
 
 
 class Interface:
-    def __init__(self, features=1 << 15 | F_EVENT_IDX | F_INDIRECT, ram_bytes=LOW):
+    def __init__(self, features=1 << 15 | F_EVENT_IDX | F_IN_ORDER | F_INDIRECT, ram_bytes=LOW):
         self.ram = Ram(ram_bytes)
         self.tap = Tap()
         device = Net("net0", self.ram, self.tap, mac=bytes(6), log=EventLog())

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_virtqueue import Echo
-from virtio_driver import F_EVENT_IDX, F_INDIRECT, HIGH_BASE, NEEDS_RESET, Driver, FakeRam
+from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, HIGH_BASE, NEEDS_RESET, Driver, FakeRam
 
 ROOM = 64
 """Bytes of every chain's own memory, each way."""
@@ -80,13 +80,17 @@ class LegalDriver(RuleBasedStateMachine):
     """One queue of an echo device and its driver."""
 
     @initialize(
-        features=st.sampled_from([0, F_INDIRECT, F_EVENT_IDX, F_INDIRECT | F_EVENT_IDX]),
+        features=st.sampled_from([0, F_INDIRECT, F_EVENT_IDX, F_INDIRECT | F_EVENT_IDX]).flatmap(
+            lambda features: st.sampled_from([features, features | F_IN_ORDER])
+        ),
         size=st.sampled_from([1, 2, 4, 8, 32]),
         origin=st.sampled_from([0, 0, 65500, 65535]),
     )
     def begin(self, features, size, origin):
         self.ram = FakeRam()
-        self.driver = Driver(Echo(self.ram, size=32), self.ram, features=features, size=size, start=False)
+        self.driver = Driver(
+            Echo(self.ram, size=32, in_order=True), self.ram, features=features, size=size, start=False
+        )
         runner = Patient()
         self.driver.runner = self.driver.transport._runner = self.driver.device.runner = runner
         queue = self.driver.device.queues[0]

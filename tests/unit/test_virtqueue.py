@@ -29,8 +29,8 @@ class Echo(VirtioDevice):
 
     device_id = 42
 
-    def __init__(self, ram, size=16):
-        super().__init__("echo0", ram, queue_sizes=[size], log=EventLog(device="echo0"))
+    def __init__(self, ram, size=16, *, in_order=False):
+        super().__init__("echo0", ram, queue_sizes=[size], in_order=in_order, log=EventLog(device="echo0"))
         self.handled = 0
 
     def handle(self, queue, chain):

@@ -5,8 +5,9 @@ from struct import pack, unpack_from
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_virtio_hostile import MODELS, Log
 from test_virtqueue import Echo
-from virtio_driver import F_EVENT_IDX, F_INDIRECT, NEEDS_RESET, Driver, FakeRam
+from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, NEEDS_RESET, Driver, FakeRam
 
 F_RING_RESET = 1 << 40
 ALL = [0, F_INDIRECT, F_EVENT_IDX, F_INDIRECT | F_EVENT_IDX]
@@ -206,6 +207,30 @@ def test_2_7_8_2_entry_and_buffer_are_complete_when_idx_shows_them(ram):
     ours.publish()
     driver.runner.kick(0)
     assert seen == [((head, 3), b"abc")]
+
+
+# --- 2.7.9 ------------------------------------------------------------------------------------------------------------
+
+
+def test_2_7_9_who_promises_to_use_buffers_in_order(ram):
+    """The driver of the other tests checks the promise wherever it is made. Disks do not make it."""
+    assert not Echo(ram).offered & F_IN_ORDER
+    assert Echo(ram, in_order=True).offered & F_IN_ORDER
+    made = {name for name, model in MODELS.items() if model.make(ram, Log()).offered & F_IN_ORDER}
+    assert made == set(MODELS) - {"block"}
+
+
+@pytest.mark.parametrize("features", [F_IN_ORDER, F_IN_ORDER | F_EVENT_IDX | F_INDIRECT])
+def test_2_7_9_every_buffer_of_a_batch_has_its_own_entry(ram, features):
+    driver = Driver(Echo(ram, in_order=True), ram, features=features)
+    ours = driver.queues[0]
+    for _ in range(3):
+        heads = [ours.chain([(driver.buffer(b"x"), 1, False), (driver.buffer(1), 1, True)]) for _ in range(8)]
+        for head in heads:
+            ours.offer(head)
+        ours.publish()
+        driver.runner.kick(0)
+        assert ours.collect() == [(head, 1) for head in heads]
 
 
 # --- 2.7.10 -----------------------------------------------------------------------------------------------------------
