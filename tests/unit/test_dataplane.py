@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_virtqueue import BAD
-from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, LOW, Driver, FakeRam, FakeSignal
+from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, INDIRECT, LOW, WRITE, Driver, FakeRam, FakeSignal
 
 from devices.backends.raw import RawImage
 from devices.events import EventLog
@@ -191,6 +191,25 @@ def test_a_malformed_chain_is_left_for_the_model_to_judge(disk, name):
 def test_an_index_too_far_ahead(disk):
     disk.driver.queues[0].publish(idx=100)
     assert disk.path.run() == 0
+
+
+@pytest.mark.parametrize("flags", [0, WRITE])
+def test_2_7_5_3_2_descriptors_before_an_indirect_table_whose_write_flag_is_ignored(disk, flags):
+    ours, target = disk.driver.queues[0], 0x9000
+    header = disk.driver.buffer(pack("<IIQ", IN, 0, 3))
+    head = ours.chain(
+        [(header, 16, False), (target, 512, True), (target + 512, 1, True)], indirect_at=0x80000, direct=1
+    )
+    ours.write_descriptor(ours.chains[head][1], 0x80000, 32, INDIRECT | flags)
+    ours.offer(head)
+    ours.publish()
+    before = bytes(disk.ram.map)
+    assert disk.run() == STOPPED
+    assert ours.collect() == [(head, 513)]
+    assert disk.ram.read(target, 513) == bytes([3]) * SECTOR + b"\0"
+    allowed = {*range(target, target + 513), *range(ours.used, ours.end)}
+    after = bytes(disk.ram.map)
+    assert {gpa for gpa, (old, new) in enumerate(zip(before, after, strict=True)) if old != new} <= allowed
 
 
 def test_a_disk_that_broke_in_one_queue_answers_nothing_in_another(tmp_path):

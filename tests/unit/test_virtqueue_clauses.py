@@ -1,4 +1,4 @@
-"""What a device must and must not do with its rings, clause by clause (Virtio 1.2, 2.6 and 2.7)."""
+"""What a device must and must not do with its rings, clause by clause (Virtio 1.2, 2.6 to 2.8)."""
 
 from struct import pack, unpack_from
 
@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_virtio_hostile import MODELS, Log
 from test_virtqueue import Echo
-from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, NEEDS_RESET, Driver, FakeRam
+from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, LOW, NEEDS_RESET, PAGE, Driver, DriverQueue, FakeRam
 
-F_RING_RESET = 1 << 40
+F_RING_PACKED, F_NOTIFICATION_DATA, F_RING_RESET = 1 << 34, 1 << 38, 1 << 40
 ALL = [0, F_INDIRECT, F_EVENT_IDX, F_INDIRECT | F_EVENT_IDX]
 
 
@@ -24,14 +24,18 @@ def word(ram, gpa):
 
 def changes(before, ram):
     """Return the addresses of low memory that are not what they were."""
-    return {gpa for gpa, (old, new) in enumerate(zip(before, ram.low, strict=True)) if old != new}
+    pages = [page for page in range(0, LOW, PAGE) if before[page : page + PAGE] != ram.low[page : page + PAGE]]
+    return {gpa for page in pages for gpa in range(page, page + PAGE) if before[gpa] != ram.low[gpa]}
 
 
 # --- 2.6 --------------------------------------------------------------------------------------------------------------
 
 
-def test_2_6_1_queue_reset_is_not_offered_so_nothing_of_it_is_owed(ram):
-    assert not Echo(ram).offered & F_RING_RESET
+@pytest.mark.parametrize("name", MODELS)
+def test_2_6_1_2_8_2_9_what_is_not_offered_so_that_nothing_of_it_is_owed(ram, name):
+    """Queue reset, packed rings, and data in a kick."""
+    offered = MODELS[name].make(ram, Log()).offered
+    assert not offered & (F_RING_RESET | F_RING_PACKED | F_NOTIFICATION_DATA)
 
 
 def test_2_6_1_1_1_a_queue_that_was_reset_has_its_default_state(ram):
@@ -55,6 +59,25 @@ def test_2_6_1_1_1_a_queue_that_was_reset_is_not_looked_at(ram):
     assert ours.collect() == []
     assert driver.device.handled == 0
     assert driver.signals[0].count == before
+
+
+def test_2_6_1_2_1_a_queue_enabled_again_is_as_the_driver_now_says(ram):
+    """Another size, other rings, and both sides count from zero."""
+    driver = Driver(Echo(ram), ram, size=4)
+    for _ in range(3):
+        driver.ask(0, b"abc", 3)
+    driver.transport.queue_select = 0
+    driver.transport.disable_queue()
+    before = ram.read(driver.queues[0].table, driver.queues[0].end - driver.queues[0].table)
+    ours = DriverQueue(ram, driver.device.queues[0], 0xC0000, 16, driver.wanted)
+    driver.transport.set_queue_size(16)
+    for area, address in (("descriptors", ours.table), ("available", ours.available), ("used", ours.used)):
+        driver.transport.set_queue_address(area, address, (1 << 64) - 1)
+    driver.transport.enable_queue()
+    old, driver.queues[0] = driver.queues[0], ours
+    for _ in range(20):
+        assert driver.ask(0, b"again", 5) == b"again"
+    assert ram.read(old.table, old.end - old.table) == before
 
 
 # --- 2.7.4 and 2.7.5 --------------------------------------------------------------------------------------------------
@@ -99,6 +122,64 @@ def test_2_7_5_1_nothing_but_writable_buffers_and_the_used_ring_is_written(ram, 
     allowed = {*range(0xA010, 0xA015), *range(0xA020, 0xA02F), *range(ours.used, ours.end)}
     assert changes(before, ram) <= allowed
     assert {0xA010, 0xA014, 0xA020, 0xA02E} <= changes(before, ram)
+
+
+LEGAL = {
+    "block": [
+        (0, pack("<IIQ", 0, 0, 1), 513),
+        (1, pack("<IIQ", 1, 0, 2) + bytes(512), 1),
+        (0, pack("<IIQ", 8, 0, 0), 21),
+    ],
+    "net": [(0, b"", 80), (0, b"", 80), (0, b"", 80), (1, bytes(72), 0)],
+    "rng": [(0, b"", 100), (0, b"", 1)],
+    "balloon": [(0, pack("<I", 3), 0), (1, pack("<I", 3), 0), (2, pack("<HQ", 4, 5), 0), (4, b"", 8192)],
+    "console": [(3, pack("<IHH", 0, 0, 1), 0), *[(2, b"", 40)] * 4, (0, b"", 64), (1, b"output", 0), (4, b"", 1)],
+    "vsock": [(1, pack("<QQIIIHHIII", 3, 2, 9, 9, 0, 1, 1, 0, 99, 0), 0), *[(0, b"", 90)] * 4],
+}
+"""Of each model, buffers as its driver gives them: queue, what is readable, how much is writable."""
+
+
+@pytest.mark.parametrize("cuts", [(), (16, 5, 7)])
+@pytest.mark.parametrize("name", LEGAL)
+def test_2_7_5_1_and_2_7_8_2_no_model_writes_anything_else_or_says_that_it_wrote_more(ram, name, cuts):
+    """Whoever makes it work: a kick, or the host."""
+    model = MODELS[name]
+    device = model.make(ram, Log())
+    driver = Driver(device, ram)
+    allowed, room, used = set(), {}, []
+    for ours in driver.queues:
+        allowed.update(range(ours.used, ours.end))
+
+    def guarded(act):
+        def guarding(*arguments):
+            before = bytes(ram.low)
+            act(*arguments)
+            assert changes(before, ram) <= allowed
+
+        return guarding
+
+    device.serve, provoke = guarded(device.serve), guarded(model.provoke)
+    for number, (queue, readable, writable) in enumerate(LEGAL[name]):
+        source, target = driver.buffer(readable), driver.buffer(writable)
+        ours = driver.queues[queue]
+        pieces = [
+            *driver._cut(source, len(readable), cuts, writable=False),
+            *driver._cut(target, writable, cuts, writable=True),
+        ]
+        head = ours.chain(pieces, indirect_at=0xE0000 + 256 * number)
+        room[queue, head] = writable
+        allowed.update(range(target, target + writable))
+        ours.offer(head)
+        ours.publish()
+        driver.runner.kick(queue)
+        provoke(device)
+    for ours in driver.queues:
+        for head, written in ours.collect():
+            assert written <= room[ours.queue.index, head]
+            used.append(written)
+    assert not driver.transport.status & NEEDS_RESET
+    assert len(used) >= len(LEGAL[name]) - 3
+    assert any(used) or name == "balloon"
 
 
 @pytest.mark.parametrize("entries", [1, 8, 16])
