@@ -376,11 +376,11 @@ class PciBus:
                     function.bar_write(bar, address - base, size, value)
                 return
 
-    def decoder(self, address: int) -> tuple[PciFunction, int, int] | None:
-        """Return what decodes `address` now: function, BAR, and the offset in it."""
+    def inner(self, address: int) -> tuple[str, BarRegisters, int] | None:
+        """Return the function whose BAR decodes `address` now, the BAR's registers, and the offset in it."""
         for base, end, function, bar in self._decoding:
             if base <= address < end:
-                return function, bar, address - base
+                return function.name, BarRegisters(function, bar), address - base
         return None
 
 
@@ -414,12 +414,8 @@ class PciMemoryWindow:
         self._bus.write(self._base + offset, size, value)
 
     def inner(self, offset: int) -> tuple[str, BarRegisters, int] | None:
-        """Return the function whose BAR decodes there now, the BAR, and the offset in it."""
-        found = self._bus.decoder(self._base + offset)
-        if found is None:
-            return None
-        function, bar, inside = found
-        return function.name, BarRegisters(function, bar), inside
+        """Return the function whose BAR decodes there now, the BAR's registers, and the offset in it."""
+        return self._bus.inner(self._base + offset)
 
 
 class PciEcam:
