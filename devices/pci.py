@@ -48,21 +48,33 @@ class ResetControl(IntFlag):
 
 
 class Header(IntEnum):
-    """Registers of a type 0 header (PCI 3.0, 6.1)."""
+    """Registers of a type 0 header by the names of PCI 3.0, 6.1; those without a remark are zero here."""
 
-    VENDOR = 0x00  # RO, 16 bits
-    DEVICE = 0x02  # RO, 16 bits
+    VENDOR_ID = 0x00  # RO, 16 bits
+    DEVICE_ID = 0x02  # RO, 16 bits
     COMMAND = 0x04  # RW, 16 bits
     STATUS = 0x06  # RO here, 16 bits
-    REVISION = 0x08  # RO, 8 bits
-    CLASS = 0x09  # RO, 24 bits
+    REVISION_ID = 0x08  # RO, 8 bits
+    CLASS_CODE = 0x09  # RO, 24 bits
+    CACHE_LINE_SIZE = 0x0C
+    LATENCY_TIMER = 0x0D
     HEADER_TYPE = 0x0E  # RO, 8 bits; bit 7: there are more functions
-    BAR0 = 0x10  # RW, six of 32 bits
-    SUBSYSTEM_VENDOR = 0x2C  # RO, 16 bits
-    SUBSYSTEM = 0x2E  # RO, 16 bits
-    CAPABILITIES = 0x34  # RO, 8 bits: offset of the first one
+    BIST = 0x0F
+    BAR0 = 0x10  # RW, this one and the next five, 32 bits
+    BAR1 = 0x14
+    BAR2 = 0x18
+    BAR3 = 0x1C
+    BAR4 = 0x20
+    BAR5 = 0x24
+    CARDBUS_CIS_POINTER = 0x28
+    SUBSYSTEM_VENDOR_ID = 0x2C  # RO, 16 bits
+    SUBSYSTEM_ID = 0x2E  # RO, 16 bits
+    EXPANSION_ROM = 0x30
+    CAPABILITIES_POINTER = 0x34  # RO, 8 bits: offset of the first one
     INTERRUPT_LINE = 0x3C  # RW, 8 bits: a note for drivers
     INTERRUPT_PIN = 0x3D  # RO, 8 bits: 1 is INTA
+    MIN_GNT = 0x3E
+    MAX_LAT = 0x3F
 
 
 class Command(IntFlag):
@@ -116,6 +128,7 @@ class HostBridge:
     the corrections that a real chipset needs.
     """
 
+    name: Final = "host-bridge"
     _HEADER: Final = pack("<HHHHBBBB", 0x8086, 0x0D57, 0, 0, 0, 0x00, 0x00, 0x06).ljust(_SPACE, b"\0")
     """Vendor, device, command, status, revision, then class 0x060000: bridge, host. Header type 0, no BARs."""
 
@@ -164,16 +177,16 @@ class PciFunction:
         self._writable = bytearray(_SPACE)
         self._bars: dict[int, tuple[int, int]] = {}  # index: size of what it decodes, size of the register
         self._bus: PciBus | None = None
-        self._next_link = int(Header.CAPABILITIES)
+        self._next_link = int(Header.CAPABILITIES_POINTER)
         self._next_capability = _FIRST_CAPABILITY
         for register, size, value, writable in (
-            (Header.VENDOR, 2, vendor, 0),
-            (Header.DEVICE, 2, device, 0),
+            (Header.VENDOR_ID, 2, vendor, 0),
+            (Header.DEVICE_ID, 2, device, 0),
             (Header.COMMAND, 2, 0, _COMMAND_BITS),
-            (Header.REVISION, 1, revision, 0),
-            (Header.CLASS, 3, class_code, 0),
-            (Header.SUBSYSTEM_VENDOR, 2, subsystem_vendor, 0),
-            (Header.SUBSYSTEM, 2, subsystem, 0),
+            (Header.REVISION_ID, 1, revision, 0),
+            (Header.CLASS_CODE, 3, class_code, 0),
+            (Header.SUBSYSTEM_VENDOR_ID, 2, subsystem_vendor, 0),
+            (Header.SUBSYSTEM_ID, 2, subsystem, 0),
             (Header.INTERRUPT_LINE, 1, 0xFF, 0xFF),
             (Header.INTERRUPT_PIN, 1, int(has_pin), 0),
         ):
@@ -444,10 +457,19 @@ class PciEcam:
         if target is not None and register < _SPACE and (register & 3) + size <= 4:
             target.config_write(register, size, value)
 
-    def register_name(self, offset: int, *, write: bool) -> str:  # noqa: ARG002 - both ways the same
-        """Return the function's place and the register's offset: see `NamedRegisters`."""
+    def register_name(self, offset: int, *, write: bool) -> str:
+        """Return the header's name of a register, whosever it is, or its offset: "config.COMMAND", "config+0x40"."""
+        register = offset % _EXTENDED_SPACE
+        name = register_of(Header, register, write=write, width=4 if register < _FIRST_CAPABILITY else 1)
+        return f"config{name}" if name.startswith("+") else f"config.{name}"
+
+    def inner(self, offset: int) -> tuple[str, PciEcam, int] | None:
+        """Return the function that is there, and the register."""
         place, register = divmod(offset, _EXTENDED_SPACE)
-        return f"00:{place >> 3:02x}.{place & 7:x}+{register:#x}"
+        target = self._bus.function(place)
+        if target is None:
+            return None
+        return getattr(target, "name", f"00:{place >> 3:02x}.{place & 7:x}"), self, register
 
 
 class PciConfigPorts:

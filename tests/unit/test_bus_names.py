@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 from fakes import FakeIrq, FakeSink
 from test_register_names import make_mmio, nothing
 from test_virtio_pci import Guest as PciGuest
 
 from devices.i8042 import I8042
-from devices.pci import PciBus, PciFunction, PciMemoryWindow
+from devices.pci import PciBus, PciEcam, PciFunction, PciMemoryWindow
 from devices.ports import Nested
 from devices.uart16550 import Uart16550
 from hypervisor.bus import Bus
 from hypervisor.pc import LazyDevice
 
 WINDOW = 0xE000_0000
+ECAM = 0xF000_0000
 MEMORY = 1 << 1  # PCI command register
 
 
@@ -64,6 +66,16 @@ def test_a_virtio_device_on_mmio():
     assert names(bus, 0xFEB0_0052) == (("virtio-d0", "QueueNotify"),) * 2
 
 
+class Config:
+    """A user's function that is configuration space alone, without a name."""
+
+    def config_read(self, register, size):
+        return 0
+
+    def config_write(self, register, size, value):
+        pass
+
+
 class Pci:
     """A bus with virtio and a function of the user's, at first without decoding."""
 
@@ -112,6 +124,59 @@ def test_a_function_keeps_the_name_that_it_has():
     function.name = "gpu"
     PciBus().add(1, 0, function)
     assert function.name == "gpu"
+
+
+HEADER = {  # PCI 3.0, 6.1: offset and width
+    "VENDOR_ID": (0x00, 2),
+    "DEVICE_ID": (0x02, 2),
+    "COMMAND": (0x04, 2),
+    "STATUS": (0x06, 2),
+    "REVISION_ID": (0x08, 1),
+    "CLASS_CODE": (0x09, 3),
+    "CACHE_LINE_SIZE": (0x0C, 1),
+    "LATENCY_TIMER": (0x0D, 1),
+    "HEADER_TYPE": (0x0E, 1),
+    "BIST": (0x0F, 1),
+    "BAR0": (0x10, 4),
+    "BAR1": (0x14, 4),
+    "BAR2": (0x18, 4),
+    "BAR3": (0x1C, 4),
+    "BAR4": (0x20, 4),
+    "BAR5": (0x24, 4),
+    "CARDBUS_CIS_POINTER": (0x28, 4),
+    "SUBSYSTEM_VENDOR_ID": (0x2C, 2),
+    "SUBSYSTEM_ID": (0x2E, 2),
+    "EXPANSION_ROM": (0x30, 4),
+    "CAPABILITIES_POINTER": (0x34, 1),
+    "INTERRUPT_LINE": (0x3C, 1),
+    "INTERRUPT_PIN": (0x3D, 1),
+    "MIN_GNT": (0x3E, 1),
+    "MAX_LAT": (0x3F, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "number", "name"), [(0, 0, "host-bridge"), (1, 0, "virtio-fake0"), (2, 3, "00:02.3"), (3, 0, "00:03.0")]
+)
+def test_configuration_space_in_memory(device, number, name):
+    """PCI Express 4.0, 7.2.2: each function is 4 KiB, and what is there is the function's."""
+    pci = Pci()
+    pci.pci.add(3, 0, Config())
+    pci.bus.claim(ECAM, 0x10_0000, PciEcam(pci.pci), "pci-ecam")
+    base = ECAM + (device << 15) + (number << 12)
+    for register, (start, width) in HEADER.items():
+        for offset in range(start, start + width):
+            assert names(pci.bus, base + offset) == ((name, f"config.{register}"),) * 2
+    assert names(pci.bus, base + 0x38) == ((name, "config+0x38"),) * 2
+    assert names(pci.bus, base + 0x40) == ((name, "config+0x40"),) * 2
+    assert names(pci.bus, base + 0xFFF) == ((name, "config+0xfff"),) * 2
+
+
+def test_configuration_space_of_nobody():
+    """A scan of the bus looks alike at every place that is empty."""
+    bus = Bus("memory", 1 << 52)
+    bus.claim(ECAM, 0x10_0000, PciEcam(PciBus()), "pci-ecam")
+    assert names(bus, ECAM + (31 << 15)) == (("pci-ecam", "config.VENDOR_ID"),) * 2
 
 
 # --- devices that are made when they are touched ------------------------------------------------------------------

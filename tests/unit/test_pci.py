@@ -205,11 +205,6 @@ def test_every_place_is_found_where_the_address_says(ports):
     ecam.write(place_in_memory(5, 0, 4), 2, 7)  # nobody is there
 
 
-def test_a_register_is_called_by_its_function_and_offset(ports):
-    assert PciEcam(ports.bus).register_name(place_in_memory(31, 7, 0x104), write=False) == "00:1f.7+0x104"
-    assert PciEcam(ports.bus).register_name(place_in_memory(2, 0, 4), write=True) == "00:02.0+0x4"
-
-
 def test_there_are_no_extended_capabilities(ports):
     """7.6.1: a header with identifier, version and next offset of zero says so. An absent function reads as ones."""
     target = FakeFunction()
