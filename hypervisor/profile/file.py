@@ -16,8 +16,8 @@ from hypervisor.errors import ImageError
 from hypervisor.kvm.recorder import raw_rows
 from hypervisor.profile.exits import Exits, Mark
 from hypervisor.profile.fileformat import CHUNK, MAGIC, ROW_KEY, VERSION
-from hypervisor.profile.live import row_of
-from hypervisor.profile.model import Profile, VcpuTimes
+from hypervisor.profile.live import row_of, times_of
+from hypervisor.profile.model import Profile
 from hypervisor.profile.trace import RowKey, Trace
 
 if TYPE_CHECKING:
@@ -191,10 +191,6 @@ class _Reader:
 
         return [Mark(mark["name"], mark["at_ns"], partial(load_rows, mark["rows"])) for mark in self._json("MARK")]
 
-    def _times(self, vcpu: int, rows: Sequence[ExitRow]) -> VcpuTimes:
-        some = Exits(rows)
-        return VcpuTimes(vcpu, some.count, round(some.guest.total), None, round(some.latency.total))
-
     # --- everything ---------------------------------------------------------------------------------------------------
 
     def profile(self) -> Profile:
@@ -212,7 +208,7 @@ class _Reader:
         return Profile(
             info=self._head["info"] | ({"outcome": self._tail["outcome"]} if self._tail else {}),
             wall_ns=wall_ns,
-            vcpus=[self._times(vcpu, some) for vcpu, some in sorted(rows.items())],
+            vcpus=[times_of(vcpu, some) for vcpu, some in sorted(rows.items())],
             exits=Exits([row for some in rows.values() for row in some], marks=marks),
             kvm=next(reversed(self._json("KVMS")), {}),
             marks=[(mark.name, mark.at_ns) for mark in marks],

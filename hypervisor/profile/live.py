@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import zlib
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hypervisor.kvm.recorder import ELSEWHERE, raw_rows
 from hypervisor.kvm.vcpu import MMIO_READ, MMIO_WRITE, PIO_IN, PIO_OUT, reason_names
 from hypervisor.profile.exits import ExitRow, Exits, Mark
 from hypervisor.profile.histogram import Histogram
+from hypervisor.profile.model import Profile, VcpuTimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from hypervisor.kvm.recorder import RawRow
     from hypervisor.vcpu import Vcpu
 
-__all__ = ["LiveExits", "row_of", "rows_of"]
+__all__ = ["LiveExits", "TextMarks", "profile_of", "row_of", "rows_of", "times_of"]
 
 PORTS: Final = {PIO_IN, PIO_OUT}
 DIRECTIONS: Final = {PIO_IN: "in", MMIO_READ: "in", PIO_OUT: "out", MMIO_WRITE: "out"}
@@ -141,6 +142,11 @@ class LiveExits:
         )
 
     @property
+    def vcpus(self) -> int:
+        """How many vCPUs there are."""
+        return len(self._vcpus)
+
+    @property
     def marks(self) -> list[tuple[str, int]]:
         """Name and nanoseconds since the start of every mark."""
         return [(name, at_ns) for name, at_ns, _ in self._marks]
@@ -155,6 +161,30 @@ class LiveExits:
         self._marks.append((name, at_ns, packed))
         self.on_mark(name, at_ns, packed)
         return True
+
+
+def times_of(vcpu: int, rows: Sequence[ExitRow], halted_ns: int | None = None) -> VcpuTimes:
+    """Return where a vCPU's time went, from its rows and what KVM says of its halts."""
+    some = Exits(rows)
+    return VcpuTimes(
+        index=vcpu,
+        exits=some.count,
+        guest_ns=max(round(some.guest.total) - (halted_ns or 0), 0),
+        halted_ns=halted_ns,
+        handler_ns=round(some.latency.total),
+    )
+
+
+def profile_of(live: LiveExits, facts: Mapping[str, Any]) -> Profile:
+    """Return a running machine's profile up to now; `facts` are for `Profile.info`."""
+    exits = live.exits()
+    return Profile(
+        info=facts,
+        wall_ns=live.clock.now_ns(),
+        vcpus=[times_of(vcpu, exits.vcpu(vcpu).rows) for vcpu in range(live.vcpus)],
+        exits=exits,
+        marks=live.marks,
+    )
 
 
 class TextMarks:
