@@ -3,8 +3,8 @@
 # append: 1000 1 4096 0 1
 #
 # The command line: COUNT DEPTH SIZE WRITE RANDOM; depth 1 to 32, size a multiple of 512 up to 1 MiB, the last two 0 or 1.
-# Everything from finding the device on is done in ring 3, where a software KVM runs at full speed too. Used buffers are
-# polled for and no interrupt is asked for; the device is kicked when its flags say so. At the end it prints
+# The disk may be on virtio-mmio or PCI. All requests are made in ring 3, where a software KVM runs at full speed too. Used
+# buffers are polled for and no interrupt is asked for; the device is kicked when its flags say so. At the end it prints
 #     requests N ticks T kicks K
 # with T in TSC ticks. Status 0; 1 no device, 2 features refused, 3 a request failed.
 .include "multiboot.inc"
@@ -13,15 +13,13 @@
 .include "tables.inc"
 .include "long_mode.inc"
 .include "ring3.inc"
+.include "virtio.inc"
 
 .equ BREAKPOINT, 3
-.equ FIRST_SLOT, 0xfeb00000
-.equ SLOT_SIZE, 0x200
-.equ SLOTS, 24
-.equ MAGIC, 0x74726976          # "virt"
 .equ BUFFERS, 16 << 20          # MAX_DEPTH of them, 1 MiB each
 .equ QUEUE_SIZE, 128
 .equ MAX_DEPTH, 32
+.equ F_FLUSH, 1 << 9          # so that writes may stay in the host's cache
 
 .data
 count: .quad 1000
@@ -30,12 +28,7 @@ size: .quad 4096
 write: .quad 0
 random: .quad 1
 
-.bss
-    .balign 4096
-descriptors: .skip 16 * QUEUE_SIZE
-available: .skip 6 + 2 * QUEUE_SIZE
-    .balign 4096
-used: .skip 6 + 8 * QUEUE_SIZE
+RINGS request, QUEUE_SIZE
     .balign 16
 headers: .skip 16 * MAX_DEPTH
 statuses: .skip MAX_DEPTH
@@ -43,7 +36,7 @@ statuses: .skip MAX_DEPTH
 submitted: .skip 8
 kicks: .skip 8
 ticks: .skip 8
-places: .skip 8                 # how many requests the disk has room for
+places: .skip 8                 # how many sectors, then how many requests, the disk has room for
 seed: .skip 8
 
 START
@@ -52,6 +45,15 @@ START
     call next_number
     mov [\name], eax
     .endr
+    mov eax, BLOCK_DEVICE
+    mov ecx, F_FLUSH
+    call virtio_begin
+    mov word ptr [request_available], NO_INTERRUPT
+    QUEUE 0, request, QUEUE_SIZE
+    call virtio_start
+    mov eax, [virtio_config]
+    mov eax, [eax]              # the capacity, in sectors
+    mov [places], eax
     call load_tables
     GATE64 BREAKPOINT, done, USER_GATE
     DESCRIBE_TSS
@@ -61,54 +63,9 @@ START
     iretq
 
 # --- ring 3 ---------------------------------------------------------------------------------------------------------
-# RBX: the device's registers; R12: requests done; R13: used index seen; R14: available index
+# R12: requests done; R13: used index seen; R14: available index
 program:
-    mov ebx, FIRST_SLOT
-    mov ecx, SLOTS
-1:  mov eax, [rbx]
-    cmp eax, MAGIC
-    jne 2f
-    mov eax, [rbx + 4]          # version
-    cmp eax, 2
-    jne 2f
-    mov eax, [rbx + 8]          # device
-    cmp eax, 2
-    je 3f
-2:  add ebx, SLOT_SIZE
-    dec ecx
-    jnz 1b
-    mov edi, 1
-    int3
-3:  mov dword ptr [rbx + 0x70], 0
-    mov dword ptr [rbx + 0x70], 1
-    mov dword ptr [rbx + 0x70], 3
-    mov dword ptr [rbx + 0x24], 0
-    mov dword ptr [rbx + 0x20], 1 << 9  # FLUSH, so that writes may stay in the host's cache
-    mov dword ptr [rbx + 0x24], 1
-    mov dword ptr [rbx + 0x20], 1       # VERSION_1
-    mov dword ptr [rbx + 0x70], 11
-    mov eax, [rbx + 0x70]
-    mov edi, 2
-    test al, 8
-    jnz 4f
-    int3
-4:  mov eax, offset available
-    mov word ptr [rax], 1               # NO_INTERRUPT
-    mov dword ptr [rbx + 0x30], 0
-    mov dword ptr [rbx + 0x38], QUEUE_SIZE
-    mov eax, offset descriptors
-    mov [rbx + 0x80], eax
-    mov dword ptr [rbx + 0x84], 0
-    mov eax, offset available
-    mov [rbx + 0x90], eax
-    mov dword ptr [rbx + 0x94], 0
-    mov eax, offset used
-    mov [rbx + 0xa0], eax
-    mov dword ptr [rbx + 0xa4], 0
-    mov dword ptr [rbx + 0x44], 1
-    mov dword ptr [rbx + 0x70], 15
-
-    mov eax, [rbx + 0x100]              # sectors, then requests that there is room for
+    mov rax, [rip + places]
     shl rax, 9
     xor edx, edx
     div qword ptr [rip + size]
@@ -130,7 +87,7 @@ program:
     cmp rsi, [rip + depth]
     jb 5b
 6:  call publish
-7:  mov eax, offset used
+7:  mov eax, offset request_used
     movzx ecx, word ptr [rax + 2]
     cmp cx, r13w
     jne 8f
@@ -138,7 +95,7 @@ program:
     jmp 7b
 8:  movzx edx, r13w                     # a used entry: its head is three times the slot
     and edx, QUEUE_SIZE - 1
-    mov eax, offset used
+    mov eax, offset request_used
     mov eax, [rax + 4 + 8 * rdx]
     mov ecx, 3
     xor edx, edx
@@ -157,7 +114,7 @@ program:
     cmp rax, [rip + count]
     jae 10f
     call submit
-10: mov eax, offset used
+10: mov eax, offset request_used
     movzx ecx, word ptr [rax + 2]
     cmp cx, r13w
     jne 8b
@@ -206,7 +163,7 @@ submit:
     lea r9d, [rsi + 2 * rsi]            # the slot's first descriptor
     mov ecx, r9d
     shl ecx, 4
-    add ecx, offset descriptors
+    add ecx, offset request_descriptors
     mov [rcx], rdi                      # header
     mov dword ptr [rcx + 8], 16
     lea edx, [r9 + 1]
@@ -231,22 +188,22 @@ submit:
     mov dword ptr [rcx + 44], 2
     mov edx, r14d
     and edx, QUEUE_SIZE - 1
-    mov eax, offset available
+    mov eax, offset request_available
     mov [rax + 4 + 2 * rdx], r9w
     inc r14d
     ret
 
-# publish: show the device what was submitted, and kick it if it wants that. Changes RAX.
+# publish: show the device what was submitted, and kick it if it wants that. Changes RAX, RDI.
 publish:
-    mov eax, offset available
+    mov eax, offset request_available
     cmp [rax + 2], r14w
     je 1f
     mov [rax + 2], r14w
     mfence
-    mov eax, offset used
-    test byte ptr [rax], 1
+    mov eax, offset request_used
+    test byte ptr [rax], NO_NOTIFY
     jnz 1f
-    mov dword ptr [rbx + 0x50], 0
+    KICK64 0
     inc qword ptr [rip + kicks]
 1:  ret
 

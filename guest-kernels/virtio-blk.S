@@ -1,107 +1,42 @@
-# summary: drives a virtio disk by virtio-mmio: writes a sector, flushes, reads it back, asks for the serial number
+# summary: drives a virtio disk: writes a sector, flushes, reads it back, asks for the serial number
 # build: multiboot
 #
-# A driver in its smallest form (Virtio 1.2, 3.1.1, 4.2 and 5.2): one queue, one request at a time, its end found by
-# polling. What it kicks by is a doorbell that KVM turns into an eventfd; no interrupt is asked for.
+# A driver in its smallest form (Virtio 1.2, 3.1.1 and 5.2), on virtio-mmio or PCI: one queue, one request at a time, its
+# end found by polling. What it kicks by is a doorbell that KVM turns into an eventfd; no interrupt is asked for.
 #
 # Status 0 when all went well; 1 no device, 2 features refused, 3 a request failed, 4 other data came back.
 .include "multiboot.inc"
 .include "console.inc"
+.include "virtio.inc"
 
-.equ FIRST_SLOT, 0xfeb00000
-.equ SLOT_SIZE, 0x200
-.equ SLOTS, 24
-.equ MAGIC, 0x74726976          # "virt"
-
-# --- registers (4.2.2)
-.equ VERSION, 0x04
-.equ DEVICE_ID, 0x08
-.equ DRIVER_FEATURES, 0x20
-.equ DRIVER_FEATURES_SEL, 0x24
-.equ QUEUE_SEL, 0x30
-.equ QUEUE_NUM, 0x38
-.equ QUEUE_READY, 0x44
-.equ QUEUE_NOTIFY, 0x50
-.equ STATUS, 0x70
-.equ QUEUE_DESC, 0x80           # each a low and a high half
-.equ QUEUE_DRIVER, 0x90
-.equ QUEUE_DEVICE, 0xa0
-.equ CONFIG, 0x100              # the disk's capacity, in sectors
-
-.equ ACKNOWLEDGE, 1
-.equ DRIVER, 2
-.equ DRIVER_OK, 4
-.equ FEATURES_OK, 8
-
-.equ BLOCK_DEVICE, 2
 .equ F_FLUSH, 1 << 9
-.equ F_VERSION_1, 1 << 0        # of the upper 32
 .equ T_IN, 0
 .equ T_OUT, 1
 .equ T_FLUSH, 4
 .equ T_GET_ID, 8
 
-.equ DESC_NEXT, 1
-.equ DESC_WRITE, 2
-.equ NO_INTERRUPT, 1
 .equ QUEUE_SIZE, 16
 .equ SECTOR, 512
 .equ WRITTEN_SECTOR, 5
 
-.bss
-    .balign 4096
-descriptors: .skip 16 * QUEUE_SIZE
-available: .skip 6 + 2 * QUEUE_SIZE
-    .balign 4
-used: .skip 6 + 8 * QUEUE_SIZE
+RINGS request, QUEUE_SIZE
     .balign 16
 header: .skip 16                # type, reserved, sector
 status: .skip 1
     .balign 16
 data: .skip SECTOR
-device: .skip 4                 # its registers
 
 START
-    mov edi, FIRST_SLOT
-    mov ecx, SLOTS
-1:  cmp dword ptr [edi], MAGIC
-    jne 2f
-    cmp dword ptr [edi + VERSION], 2
-    jne 2f
-    cmp dword ptr [edi + DEVICE_ID], BLOCK_DEVICE
-    je found
-2:  add edi, SLOT_SIZE
-    loop 1b
-    EXIT 1
-
-found:
-    mov [device], edi
-    mov dword ptr [edi + STATUS], 0
-    mov dword ptr [edi + STATUS], ACKNOWLEDGE
-    mov dword ptr [edi + STATUS], ACKNOWLEDGE | DRIVER
-    mov dword ptr [edi + DRIVER_FEATURES_SEL], 0
-    mov dword ptr [edi + DRIVER_FEATURES], F_FLUSH
-    mov dword ptr [edi + DRIVER_FEATURES_SEL], 1
-    mov dword ptr [edi + DRIVER_FEATURES], F_VERSION_1
-    mov dword ptr [edi + STATUS], ACKNOWLEDGE | DRIVER | FEATURES_OK
-    mov eax, [edi + STATUS]
-    test eax, FEATURES_OK
-    mov al, 2
-    jz exit
-    mov word ptr [available], NO_INTERRUPT
-    mov dword ptr [edi + QUEUE_SEL], 0
-    mov dword ptr [edi + QUEUE_NUM], QUEUE_SIZE
-    mov dword ptr [edi + QUEUE_DESC], offset descriptors
-    mov dword ptr [edi + QUEUE_DESC + 4], 0
-    mov dword ptr [edi + QUEUE_DRIVER], offset available
-    mov dword ptr [edi + QUEUE_DRIVER + 4], 0
-    mov dword ptr [edi + QUEUE_DEVICE], offset used
-    mov dword ptr [edi + QUEUE_DEVICE + 4], 0
-    mov dword ptr [edi + QUEUE_READY], 1
-    mov dword ptr [edi + STATUS], ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+    mov eax, BLOCK_DEVICE
+    mov ecx, F_FLUSH
+    call virtio_begin
+    mov word ptr [request_available], NO_INTERRUPT
+    QUEUE 0, request, QUEUE_SIZE
+    call virtio_start
 
     PRINT "sectors: "
-    mov eax, [edi + CONFIG]
+    mov eax, [virtio_config]
+    mov eax, [eax]              # the capacity, in sectors
     call print_decimal
     PRINT "\n"
 
@@ -162,28 +97,27 @@ request:
     mov [header], eax
     mov [header + 8], edx
     mov byte ptr [status], 0xff
-    mov dword ptr [descriptors], offset header
-    mov dword ptr [descriptors + 8], 16
-    mov dword ptr [descriptors + 12], DESC_NEXT | 2 << 16
-    mov dword ptr [descriptors + 32], offset status
-    mov dword ptr [descriptors + 40], 1
-    mov dword ptr [descriptors + 44], DESC_WRITE
+    mov dword ptr [request_descriptors], offset header
+    mov dword ptr [request_descriptors + 8], 16
+    mov dword ptr [request_descriptors + 12], DESC_NEXT | 2 << 16
+    mov dword ptr [request_descriptors + 32], offset status
+    mov dword ptr [request_descriptors + 40], 1
+    mov dword ptr [request_descriptors + 44], DESC_WRITE
     jecxz 1f
-    mov dword ptr [descriptors + 12], DESC_NEXT | 1 << 16
-    mov dword ptr [descriptors + 16], offset data
-    mov [descriptors + 24], ecx
+    mov dword ptr [request_descriptors + 12], DESC_NEXT | 1 << 16
+    mov dword ptr [request_descriptors + 16], offset data
+    mov [request_descriptors + 24], ecx
     or ebx, 2 << 16
-    mov [descriptors + 28], ebx
-1:  movzx eax, word ptr [available + 2]
+    mov [request_descriptors + 28], ebx
+1:  movzx eax, word ptr [request_available + 2]
     mov edi, eax
     and edi, QUEUE_SIZE - 1
-    mov word ptr [available + 4 + 2 * edi], 0
+    mov word ptr [request_available + 4 + 2 * edi], 0
     inc eax
-    mov [available + 2], ax     # x86 keeps stores in order: the entry is there before the index
-    mov edi, [device]
-    mov dword ptr [edi + QUEUE_NOTIFY], 0
+    mov [request_available + 2], ax     # x86 keeps stores in order: the entry is there before the index
+    KICK 0
 2:  pause
-    cmp [used + 2], ax
+    cmp [request_used + 2], ax
     jne 2b
     cmp byte ptr [status], 0
     mov al, 3
