@@ -1,8 +1,9 @@
 # summary: measures a virtio disk from ring 3: COUNT requests of SIZE bytes, DEPTH at a time, random or in sequence
 # build: multiboot
-# append: 1000 1 4096 0 1
+# append: 1000 1 4096 0 1 0
 #
-# The command line: COUNT DEPTH SIZE WRITE RANDOM; depth 1 to 32, size a multiple of 512 up to 1 MiB, the last two 0 or 1.
+# The command line: COUNT DEPTH SIZE WRITE RANDOM HOLD; depth 1 to 32, size a multiple of 512 up to 1 MiB, the others 0 or
+# 1. HOLD is what bench.inc says.
 # The disk may be on virtio-mmio or PCI. All requests are made in ring 3, where a software KVM runs at full speed too. Used
 # buffers are polled for and no interrupt is asked for; the device is kicked when its flags say so. At the end it prints
 #     requests N ticks T kicks K
@@ -14,6 +15,7 @@
 .include "long_mode.inc"
 .include "ring3.inc"
 .include "virtio.inc"
+.include "bench.inc"
 
 .equ BREAKPOINT, 3
 .equ BUFFERS, 16 << 20          # MAX_DEPTH of them, 1 MiB each
@@ -27,6 +29,7 @@ depth: .quad 1
 size: .quad 4096
 write: .quad 0
 random: .quad 1
+hold: .quad 0
 
 RINGS request, QUEUE_SIZE
     .balign 16
@@ -40,7 +43,7 @@ places: .skip 8                 # how many sectors, then how many requests, the 
 seed: .skip 8
 
 START
-    .irp name, count, depth, size, write, random
+    .irp name, count, depth, size, write, random, hold
     mov eax, [\name]
     call next_number
     mov [\name], eax
@@ -54,6 +57,7 @@ START
     mov eax, [virtio_config]
     mov eax, [eax]              # the capacity, in sectors
     mov [places], eax
+    READY hold
     call load_tables
     GATE64 BREAKPOINT, done, USER_GATE
     DESCRIBE_TSS
@@ -76,10 +80,7 @@ program:
     xor r13d, r13d
     xor r14d, r14d
 
-    lfence
-    rdtsc
-    shl rdx, 32
-    or rax, rdx
+    TICKS
     mov [rip + ticks], rax
     xor esi, esi                        # the first requests
 5:  call submit
@@ -119,10 +120,7 @@ program:
     cmp cx, r13w
     jne 8b
     jmp 6b
-11: lfence
-    rdtsc
-    shl rdx, 32
-    or rax, rdx
+11: TICKS
     sub rax, [rip + ticks]
     mov [rip + ticks], rax
     xor edi, edi
@@ -210,36 +208,15 @@ publish:
 # --- ring 0 again: EDI is the status ----------------------------------------------------------------------------------
 done:
     mov [rip + saved], edi
-    PRINT64 "requests "
-    mov rax, [rip + count]
-    call print_decimal64
-    PRINT64 " ticks "
-    mov rax, [rip + ticks]
-    call print_decimal64
-    PRINT64 " kicks "
-    mov rax, [rip + kicks]
-    call print_decimal64
+    REPORT "requests ", count
+    REPORT " ticks ", ticks
+    REPORT " kicks ", kicks
     PRINT64 "\n"
-    mov eax, [rip + saved]
+    cmp dword ptr [rip + hold], 0
+    je 1f
+    call wait_for_byte
+1:  mov eax, [rip + saved]
     jmp exit
-
-# print_decimal64: write RAX in decimal. Changes RAX, RCX, RDX, RSI, RDI.
-print_decimal64:
-    mov esi, offset digits64 + 24
-    xor ecx, ecx
-    mov edi, 10
-1:  xor edx, edx
-    div rdi
-    add dl, '0'
-    dec esi
-    mov [rsi], dl
-    inc ecx
-    test rax, rax
-    jnz 1b
-    mov edx, COM1
-    rep outsb
-    ret
 
 .bss
 saved: .skip 4
-digits64: .skip 24
