@@ -2,9 +2,10 @@
 # build: multiboot
 # append: 10000 64 64 0 0
 #
-# The command line: COUNT DEPTH SIZE MODE HOLD; depth 1 to 64. Mode 0 sends; 1 receives what somebody else sends; 2 sends
-# what somebody else is to return. A SIZE beyond 1514 is a TCP segment, up to 65549 bytes with its headers, that the host
-# is to cut (host and guest TSO). HOLD is what bench.inc says: with it a receiver has no buffers out before it is told.
+# The command line: COUNT DEPTH SIZE MODE HOLD; depth 1 to 64. Mode 0 sends frames to nobody; 1 receives what somebody else
+# sends; 2 pings 169.254.77.1 at 02:00:00:00:00:01, as 169.254.77.2 at 52:54:00:12:34:56, and waits for the answers. A SIZE
+# beyond 1514 is a TCP segment, up to 65549 bytes with its headers, that the host is to cut (host and guest TSO). HOLD is
+# what bench.inc says: with it a receiver has no buffers out before it is told.
 #
 # The device may be on virtio-mmio or PCI. It is driven as Linux does: mergeable receive buffers, given back 32 at a time,
 # and kicks when the event index asks for them; but used buffers are polled for and no interrupt is asked for. At the end:
@@ -28,7 +29,7 @@
 .equ NEEDED, F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_HOST_TSO4 | F_MRG_RXBUF
 .equ RX, 0
 .equ TX, 1
-.equ QUEUE_SIZE, 256
+.equ QUEUE_SIZE, 256          # what a device offers, and the only size that kvmtool takes
 .equ MAX_DEPTH, 64              # four descriptors a slot
 .equ USED_EVENT, 4 + 2 * QUEUE_SIZE     # in the available ring, 2.7.6
 .equ AVAIL_EVENT, 4 + 8 * QUEUE_SIZE    # in the used ring, 2.7.8
@@ -58,6 +59,12 @@ plain:                          # struct virtio_net_hdr, and a frame to nobody, 
     .fill HEADER, 1, 0
     .byte 2, 0, 0, 0, 0, 2,  2, 0, 0, 0, 0, 1,  0x88, 0xb5
     .fill PLAIN - 14, 1, 0x5a
+ping:                           # the same with an ICMP echo request, its checksums made by hand
+    .fill HEADER, 1, 0
+    .byte 2, 0, 0, 0, 0, 1,  0x52, 0x54, 0, 0x12, 0x34, 0x56,  0x08, 0x00
+    .byte 0x45, 0, 0, 50,  0, 0, 0x40, 0,  64, 1, 0x4c, 0xcb,  169, 254, 77, 2,  169, 254, 77, 1
+    .byte 8, 0, 0xf7, 0xff,  0, 0, 0, 0
+    .fill PLAIN - 42, 1, 0
 segment:                        # NEEDS_CSUM, TCPV4, header length, segment size, start and offset of the checksum
     .byte 1, 1
     .short SEGMENT_HEADERS, 1448, 34, 16, 0
@@ -188,6 +195,9 @@ program:
 describe_slots:
     mov eax, offset tx_descriptors
     mov edx, offset plain
+    mov ecx, offset ping
+    cmp qword ptr [rip + mode], RETURN
+    cmove edx, ecx
     mov ecx, [rip + size]
     add ecx, HEADER
     xor esi, esi                # the slot's first descriptor

@@ -25,7 +25,8 @@ BENCHMARKS: Final = {
     "console": ("exits", "a byte to the console through the UART"),
     "start": ("startup", "the whole run of a guest that exits at once, beside QEMU"),
     "linux": ("linux_boot", "Debian's kernel to /init in the emulated host (minutes)"),
-    "disk": ("disk", "a virtio disk driven from ring 3, beside QEMU"),
+    "disk": ("disk", "a virtio disk driven from ring 3, beside QEMU, and kvmtool if `lkvm` is on the PATH"),
+    "net": ("net", "a virtio network driven from ring 3, on a TAP (root only), beside the same"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }
