@@ -26,7 +26,8 @@
 .equ F_GUEST_TSO4, 1 << 7
 .equ F_HOST_TSO4, 1 << 11
 .equ F_MRG_RXBUF, 1 << 15
-.equ NEEDED, F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_HOST_TSO4 | F_MRG_RXBUF
+.equ SEND_SEGMENTS, F_CSUM | F_HOST_TSO4
+.equ RECEIVE_SEGMENTS, F_GUEST_CSUM | F_GUEST_TSO4
 .equ RX, 0
 .equ TX, 1
 .equ QUEUE_SIZE, 256          # what a device offers, and the only size that kvmtool takes
@@ -90,12 +91,21 @@ START
     call next_number
     mov [\name], eax
     .endr
+    mov ecx, F_MRG_RXBUF        # what cannot be done without
+    cmp dword ptr [size], PLAIN
+    jbe 2f
+    mov ecx, F_MRG_RXBUF | SEND_SEGMENTS
+    cmp dword ptr [mode], RECEIVE
+    jne 2f
+    mov ecx, F_MRG_RXBUF | RECEIVE_SEGMENTS
+2:  push ecx
+    or ecx, F_EVENT_IDX
     mov eax, NET_DEVICE
-    mov ecx, NEEDED | F_EVENT_IDX
     call virtio_begin
+    pop ecx
     mov eax, [virtio_features]
-    and eax, NEEDED
-    cmp eax, NEEDED
+    and eax, ecx
+    cmp eax, ecx
     mov al, 2
     jne exit
     mov word ptr [rx_available], NO_INTERRUPT

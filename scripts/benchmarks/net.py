@@ -1,6 +1,6 @@
 """A virtio network driven from ring 3 on a TAP of the host, the same guest under hv and its peers: time a frame.
 
-What the guest receives waits for it in the TAP's queue: nobody sends while it is measured, so that the sender's pace does
+What the guest receives waits for it in the TAP's queue: nobody sends while it is measured, so the sender's pace does
 not matter, and takes no processor from either side. What it pings is the host's kernel, which answers in the VMM's own
 write to the TAP.
 """
@@ -156,5 +156,7 @@ def measure(settings: Settings, name: str) -> list[Row]:
             def run(command: list[str], pattern: Pattern = pattern, count: int = count) -> float:
                 return _run(settings.scratch, command, pattern, count, megahertz)
 
-            rows += peers.compare(name, pattern.what, REACH, words, settings.pick(7, 2), "us", run)
+            # kvmtool does not offer GUEST_CSUM, without which no segments are received (Virtio 1.2, 5.1.3.1).
+            without = "kvmtool" if (pattern.mode, pattern.size) == (RECEIVE, SEGMENT) else ""
+            rows += peers.compare(name, pattern.what, REACH, words, settings.pick(7, 2), "us", run, without)
     return rows

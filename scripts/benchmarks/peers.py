@@ -108,11 +108,13 @@ class Peers:
         rounds: int,
         unit: str,
         measure: Callable[[list[str]], float],
+        without: str = "",
     ) -> list[Row]:
-        """Measure every program's command in alternating rounds; return a row for each pair."""
-        samples = {who: Sample(unit, []) for who in self.commands(words)}
+        """Measure every program's command, but for one, in alternating rounds; return a row for each pair."""
+        commands = {who: command for who, command in self.commands(words).items() if who != without}
+        samples = {who: Sample(unit, []) for who in commands}
         for _ in range(rounds):
-            for who, command in self.commands(words).items():
+            for who, command in list(commands.items()):
                 try:
                     samples[who].values.append(measure(command))
                 except CannotRunError as error:
@@ -121,7 +123,7 @@ class Peers:
                     # It is not part of any distribution, and wants a CPU with AMD-V or VT-x.
                     self._settings.say(f"bench: no rows for kvmtool: {error}")
                     self._lkvm = None
-                    del samples[who]
+                    del commands[who], samples[who]
         return [
             Row(name, f"{what}, {virtio}", samples[ours], samples[theirs], theirs, reach)
             for ours, theirs, virtio in PAIRS
