@@ -9,12 +9,17 @@
 
 enum { RX = 0, TX = 1, BATCH = 64, NUM_BUFFERS = 10, SHORTEST = 1526, LONGEST = 65535 + 18 };
 
+/* Why no more buffers were looked at. */
+enum { NO_MORE, ODD, FULL };
+
 /* Receive buffers that have been looked at and not been used yet. */
 struct window {
     uint32_t first, chains; /* of `chain`: those before `first` are used */
     uint32_t pieces;        /* of `piece`, from `at` on */
     uint32_t at;
     uint64_t room;
+    uint64_t held, kept; /* size of a frame that waits for more buffers, and how much of it lies in those that are here */
+    int end;
     struct {
         uint16_t head;
         uint32_t pieces;
@@ -23,10 +28,19 @@ struct window {
     struct iovec piece[HV_PIECES];
 };
 
+static __thread char beyond[LONGEST]; /* what found no room: a frame is never cut short silently */
+
 static void forget(struct window *window)
 {
     window->first = window->chains = window->pieces = window->at = 0;
-    window->room = 0;
+    window->room = window->held = 0;
+}
+
+/* Give a frame up that waits, if there is one. */
+static void drop(struct hv_path *path, struct window *window)
+{
+    path->drops += window->held != 0;
+    window->held = 0;
 }
 
 /* Look at buffers until there is room for the longest frame. Returns -1 when one is for the device model, and there is
@@ -34,7 +48,7 @@ static void forget(struct window *window)
 static int fill(struct hv_path *path, struct window *window, struct hv_chain *chain)
 {
     struct hv_queue *queue = &path->queue[RX];
-    uint32_t wanted = path->mergeable ? HV_WINDOW : 1;
+    uint32_t wanted = !path->mergeable ? 1 : queue->size < HV_WINDOW ? queue->size : HV_WINDOW;
     if (window->first && window->room < LONGEST + path->header_size) { /* make room at the end of the arrays */
         uint32_t left = window->chains - window->first, pieces = window->pieces - window->at;
         memmove(window->chain, window->chain + window->first, left * sizeof window->chain[0]);
@@ -49,10 +63,10 @@ static int fill(struct hv_path *path, struct window *window, struct hv_chain *ch
             break;
         if (found > 0 && (chain->readable || !chain->writable))
             found = -1;
-        if (found < 0)
+        if (found < 0 || window->pieces + chain->writable >= HV_PIECES) {
+            window->end = found < 0 ? ODD : FULL;
             return window->chains == window->first ? -1 : 0;
-        if (window->pieces + chain->writable >= HV_PIECES)
-            return window->chains == window->first ? -1 : 0;
+        }
         memcpy(window->piece + window->pieces, chain->piece, chain->writable * sizeof chain->piece[0]);
         window->pieces += chain->writable;
         window->chain[window->chains].head = chain->head;
@@ -61,6 +75,7 @@ static int fill(struct hv_path *path, struct window *window, struct hv_chain *ch
         window->chains++;
         window->room += chain->write_size;
     }
+    window->end = window->chains - window->first < wanted ? NO_MORE : FULL;
     return 0;
 }
 
@@ -97,18 +112,48 @@ static void deliver(struct hv_path *path, struct window *window, uint64_t size)
     path->bytes += size - path->header_size;
 }
 
+/* Copy into the new buffers what found no room in the old ones. */
+static void complete(struct window *window)
+{
+    uint64_t skip = window->kept, done = 0, size = window->held - window->kept;
+    for (const struct iovec *piece = window->piece + window->at; done < size; piece++) {
+        if (skip >= piece->iov_len) {
+            skip -= piece->iov_len;
+            continue;
+        }
+        uint64_t part = piece->iov_len - skip;
+        if (part > size - done)
+            part = size - done;
+        memcpy((char *)piece->iov_base + skip, beyond + done, part);
+        done += part;
+        skip = 0;
+    }
+}
+
 /* Receive a batch. Returns -1 when the device model is to look at it (an odd buffer; the TAP is gone), 1 when there are
  * too few buffers, else 0. */
 static int receive(struct hv_path *path, struct window *window, struct hv_chain *chain, int *drained)
 {
-    static __thread char beyond[LONGEST];
     for (uint32_t turn = 0; turn < BATCH; turn++) {
-        if (fill(path, window, chain))
+        if (fill(path, window, chain)) {
+            drop(path, window);
             return -1;
-        if (window->chains == window->first || window->room < SHORTEST)
-            return 1;
+        }
+        if (window->held && window->held <= window->room) {
+            complete(window);
+            deliver(path, window, window->held);
+            window->held = 0;
+            continue;
+        }
+        if (window->held || window->chains == window->first || window->room < SHORTEST) {
+            if (window->end == NO_MORE)
+                return 1;
+            drop(path, window); /* the driver cannot make more room */
+            if (window->end == ODD)
+                return -1;
+        }
         uint32_t pieces = window->pieces - window->at;
-        window->piece[window->pieces] = (struct iovec){ beyond, sizeof beyond }; /* a frame is never cut short silently */
+        window->piece[window->pieces] = (struct iovec){ beyond, sizeof beyond };
         ssize_t got = readv(path->fd, window->piece + window->at, (int)pieces + 1);
         if (got < 0 && errno == EINTR)
             continue;
@@ -120,10 +165,14 @@ static int receive(struct hv_path *path, struct window *window, struct hv_chain 
             path->gone = 1;
             return -1;
         }
-        if ((uint64_t)got < path->header_size || (uint64_t)got > window->room)
+        if ((uint64_t)got < path->header_size) {
             path->drops++;
-        else
+        } else if ((uint64_t)got > window->room) {
+            window->held = (uint64_t)got;
+            window->kept = window->room;
+        } else {
             deliver(path, window, (uint64_t)got);
+        }
     }
     return 0;
 }
@@ -184,8 +233,10 @@ int hv_tap_run(struct hv_path *path)
         hv_queue_ignore_kicks(rx);
         int sent = transmit(path, &chain);
         hv_queue_notify(tx);
-        if (sent < 0)
+        if (sent < 0) {
+            drop(path, &window);
             return (int)tx->index;
+        }
         int drained = (int)path->gone, starving = 0;
         if (!path->gone) {
             starving = receive(path, &window, &chain, &drained);

@@ -550,13 +550,62 @@ def test_a_frame_over_several_buffers(interface):
     assert interface.wait(RX, 1)[0] == (given[3][0], HEADER + 60)
 
 
-def test_a_frame_that_does_not_fit_is_dropped_whole(interface):
+@pytest.mark.parametrize("size", [1601, 3200, 5000])
+def test_a_frame_that_finds_too_few_buffers_waits_for_more(interface, size):
+    """Nothing of it is shown before it is whole, and what comes behind it keeps its place."""
+    frame = os.urandom(size - HEADER)
+    given = [interface.give(1600)]
+    interface.thread.start()
+    interface.tap.ours.send(bytes(HEADER) + frame)
+    interface.tap.ours.send(bytes(HEADER) + b"y" * 60)
+    needed = -(-size // 1600)
+    for _ in range(needed - 1):
+        threading.Event().wait(0.05)
+        assert interface.driver.queues[RX].collect() == []
+        given.append(interface.give(1600))
+    done = interface.wait(RX, needed)
+    assert [head for head, _ in done] == [head for head, _ in given]
+    data = b"".join(interface.ram.read(target, written) for (_, target), (_, written) in zip(given, done, strict=True))
+    assert data == bytes(10) + pack("<H", needed) + frame
+    _, target = interface.give(1600)
+    assert interface.wait(RX, 1)[0][1] == HEADER + 60
+    assert interface.ram.read(target + HEADER, 60) == b"y" * 60
+    assert (interface.path.requests, interface.path.drops) == (2, 0)
+
+
+def test_a_frame_that_waits_leaves_the_thread_idle(interface):
     interface.give(1600)
     interface.thread.start()
     interface.tap.ours.send(bytes(HEADER) + bytes(5000))
-    interface.tap.ours.send(bytes(HEADER) + b"y" * 60)
-    assert interface.wait(RX, 1)[0][1] == HEADER + 60
-    assert interface.path.drops == 1
+    threading.Event().wait(0.1)
+    before = os.times()
+    threading.Event().wait(0.2)
+    after = os.times()
+    assert after.user + after.system - before.user - before.system < 0.15
+
+
+@pytest.mark.parametrize("features", [F_EVENT_IDX, 1 << 15 | F_EVENT_IDX], ids=["single", "mergeable"])
+def test_a_frame_that_will_never_fit_is_dropped_whole(features):
+    """One buffer is all that there is for it; or the most that there may be are too short."""
+    interface = Interface(features)
+    try:
+        mergeable = features & 1 << 15
+        for _ in range(interface.driver.device.queues[RX].size if mergeable else 2):
+            interface.give(100 if mergeable else 1600)
+        interface.thread.start()
+        interface.tap.ours.send(bytes(HEADER) + bytes(7000))
+        interface.tap.ours.send(bytes(HEADER) + b"y" * 60)
+        assert interface.wait(RX, 1)[0][1] == HEADER + 60
+        assert interface.path.drops == 1
+    finally:
+        interface.close()
+
+
+def test_an_odd_buffer_behind_too_few_is_the_models(interface):
+    """It is not looked at again and again."""
+    interface.give(100)
+    interface.driver.send(RX, b"for the device to read", 0)
+    assert interface.path.run() == RX
 
 
 def test_what_is_odd_is_left_for_the_model(interface):
