@@ -226,9 +226,10 @@ int hv_tap_run(struct hv_path *path)
     struct hv_chain chain;
     struct window window;
     forget(&window);
-    for (;;) {
-        if (poll(wait, 1, 0) > 0)
+    for (int woken = 0;;) {
+        if (woken ? wait[0].revents : poll(wait, 1, 0) > 0)
             return HV_STOPPED;
+        woken = 0;
         hv_queue_ignore_kicks(tx);
         hv_queue_ignore_kicks(rx);
         int sent = transmit(path, &chain);
@@ -251,7 +252,7 @@ int hv_tap_run(struct hv_path *path)
         if (starving && hv_queue_expect_kicks(rx, window.chains - window.first))
             continue;
         wait[3].fd = path->gone || starving ? -1 : path->fd;
-        poll(wait, 4, -1);
+        woken = poll(wait, 4, -1) > 0;
         take_kicks(&wait[1]);
         take_kicks(&wait[2]);
     }
