@@ -1,4 +1,4 @@
-# summary: talks over a virtio network from ring 3: sends N frames and checks the answers, or (N 1) answers N frames
+# summary: talks over a virtio network from ring 3: asks COUNT times and checks the answers, or answers COUNT times
 # build: multiboot
 # append: 8 0
 #
