@@ -59,11 +59,11 @@ class Pattern(NamedTuple):
 
 
 PATTERNS: Final = (
-    Pattern("64-byte frames to the TAP, depth 64", 200_000, 64, PACKET, SEND),
-    Pattern("64-byte frames from the TAP", 100_000, 1, PACKET, RECEIVE),
+    Pattern("64-byte frames to the TAP, depth 64", 100_000, 64, PACKET, SEND),
+    Pattern("64-byte frames from the TAP", 50_000, 1, PACKET, RECEIVE),
     Pattern("64-byte frames to the TAP and back, depth 1", 10_000, 1, PACKET, RETURN),
-    Pattern("64-byte frames to the TAP and back, depth 32", 50_000, 32, PACKET, RETURN),
-    Pattern("64 KiB TCP segments to the TAP, depth 16", 20_000, 16, SEGMENT, SEND),
+    Pattern("64-byte frames to the TAP and back, depth 32", 30_000, 32, PACKET, RETURN),
+    Pattern("64 KiB TCP segments to the TAP, depth 16", 10_000, 16, SEGMENT, SEND),
     Pattern("64 KiB TCP segments from the TAP", 2000, 1, SEGMENT, RECEIVE),
 )
 
