@@ -25,6 +25,8 @@ BUFFER: Final = 1 << 20
 MAX_ADDRESSES: Final = 4096
 """Stations that a member remembers; when there are more it begins anew."""
 NAME_MAX: Final = 32
+PATH_MAX: Final = 107
+"""Bytes that a unix socket's path may have."""
 ETHERNET: Final = 14
 
 
@@ -62,14 +64,19 @@ class Link:
         self._folder = folder_of(name)
         self._own = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._addresses: dict[bytes, str] = {}
+        path = os.path.join(self._folder, self._own)
+        if len(os.fsencode(path)) > PATH_MAX:
+            raise BackendError(
+                f"link {name}: {path} is longer than {PATH_MAX} bytes", hint="set XDG_RUNTIME_DIR to a shorter folder"
+            )
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            self._socket.bind(os.path.join(self._folder, self._own))
+            self._socket.bind(path)
         except OSError as error:
             self._socket.close()
-            raise BackendError(f"link {name}: {error.strerror}", hint=f"{self._folder} has to be short") from error
+            raise BackendError(f"link {name}: {path}: {error.strerror}") from error
 
     def fileno(self) -> int:
         """Return the socket."""
