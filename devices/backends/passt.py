@@ -11,7 +11,7 @@ import select
 import shutil
 import socket
 import subprocess
-from errno import EPIPE
+from errno import EACCES, EADDRINUSE, EPIPE
 from struct import pack, unpack_from
 from typing import TYPE_CHECKING, Final
 
@@ -33,6 +33,32 @@ HINTS: Final = {
 }
 
 
+def refuse_taken_ports(forwards: Sequence[tuple[int, int, str]]) -> None:
+    """Raise BackendError for a port of the host that is not free: passt goes on without it and says nothing."""
+    for port, _, protocol in forwards:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                _bind(family, port, protocol)
+            except OSError as error:
+                if error.errno == EADDRINUSE:
+                    hint = f"forward another one, or end who has it: `ss -lnp 'sport = {port}'`"
+                    raise BackendError(f"port {port}/{protocol} of the host is in use", hint=hint) from None
+                if error.errno == EACCES:
+                    hint = "forward one from 1024 on"
+                    raise BackendError(f"port {port}/{protocol} of the host is not yours", hint=hint) from None
+                # what is left is a family that this host does not have
+
+
+def _bind(family: socket.AddressFamily, port: int, protocol: str) -> None:
+    """Bind the port for a moment; raises OSError when that cannot be done."""
+    with socket.socket(family, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM) as probe:
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if protocol == "tcp":  # a connection that lingers is no listener
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", port))
+
+
 class Passt:
     """A user network. See `devices.backends.net.NetBackend`."""
 
@@ -45,6 +71,7 @@ class Passt:
         program = shutil.which("passt")
         if program is None:
             raise BackendError("there is no passt", hint="`sudo apt-get install passt` brings it")
+        refuse_taken_ports(forwards)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._unsent = b""
         self._received = bytearray()
