@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 from struct import pack
 from typing import TYPE_CHECKING, Final
 
@@ -43,19 +44,22 @@ class Tap:
 
     def __init__(self, name: str) -> None:
         """Attach to interface `name`; raises BackendError when that cannot be done."""
-        make = f"`sudo ip tuntap add dev {name} mode tap user $USER && sudo ip link set {name} up` makes it"
         if not name or len(name) > NAME_MAX or "/" in name or not name.isascii():
             raise BackendError(f"{name!r} is no name of an interface", hint=f"1 to {NAME_MAX} characters, no slash")
-        if not os.path.exists(f"/sys/class/net/{name}"):
-            raise BackendError(f"there is no interface {name}", hint=make)
-        if not os.path.exists(f"/sys/class/net/{name}/tun_flags"):
-            raise BackendError(f"interface {name} is no TAP", hint="name another one; a bridge has TAPs as its ports")
+        try:
+            # Asked of the network namespace that we are in; /sys may still show another one's interfaces.
+            socket.if_nametoindex(name)
+        except OSError:
+            make = f"`sudo ip tuntap add dev {name} mode tap user $USER && sudo ip link set {name} up` makes it"
+            elsewhere = "one in a network namespace is found by `ip netns exec NAMESPACE hv run ...`"
+            raise BackendError(f"there is no interface {name}", hint=f"{make}; {elsewhere}") from None
         try:
             self._fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise BackendError(
-                f"/dev/net/tun: {error.strerror}", hint="`sudo modprobe tun`; in a container, pass the device in"
-            ) from error
+            hint = "`sudo modprobe tun`; in a container, pass the device in"
+            if error.errno == errno.EACCES:
+                hint = "run as root, or let all users have it, as udev does: `sudo chmod 666 /dev/net/tun`"
+            raise BackendError(f"/dev/net/tun: {error.strerror}", hint=hint) from error
         try:
             request = pack("16sH22x", name.encode("ascii"), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)
             fcntl.ioctl(self._fd, TUNSETIFF, request)
@@ -63,14 +67,16 @@ class Tap:
             self.set_offloads(0)
         except OSError as error:
             self.close()
-            raise self._refusal(name, error) from error
+            raise self._refusal(name, error) from None
 
     @staticmethod
     def _refusal(name: str, error: OSError) -> BackendError:
+        if error.errno == errno.EINVAL:
+            hint = "`ip tuntap add ... mode tap` makes one; a bridge has TAPs as its ports"
+            return BackendError(f"interface {name} is no TAP, or one made with multi_queue", hint=hint)
         hints = {
             errno.EBUSY: "another program has it; each machine needs a TAP of its own",
             errno.EPERM: f"it is another user's: `sudo ip tuntap add dev {name} mode tap user $USER`, or run as root",
-            errno.EINVAL: "it is a TUN, or was made with multi_queue: make it by `ip tuntap add ... mode tap`",
         }
         return BackendError(f"interface {name}: {error.strerror}", hint=hints.get(error.errno or 0, ""))
 
