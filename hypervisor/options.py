@@ -205,14 +205,15 @@ def _number(key: str, value: Any, option: str) -> int | None:
 
 
 def _forward(text: str) -> tuple[int, int, str]:
-    ports, _, protocol = text.partition("/")
-    host, _, guest = ports.partition(":")
-    guest = guest or host
+    ports, slash, protocol = text.partition("/")
+    host, colon, guest = ports.partition(":")
+    guest = guest if colon else host
+    protocol = protocol if slash else "tcp"
     if not (host.isdecimal() and guest.isdecimal() and 0 < int(host) <= PORT and 0 < int(guest) <= PORT):
         raise ConfigError(f"forward is {text!r}", hint="it is HOSTPORT:GUESTPORT or HOSTPORT:GUESTPORT/udp, 1..65535")
-    if (protocol or "tcp") not in PROTOCOLS:
+    if protocol not in PROTOCOLS:
         raise ConfigError(f"forward is {text!r}", hint="the protocol is tcp or udp")
-    return int(host), int(guest), protocol or "tcp"
+    return int(host), int(guest), protocol
 
 
 def _check_disk(disk: DiskConfig, option: str) -> None:
@@ -236,7 +237,10 @@ def _check_net(net: NetConfig, option: str) -> None:
         raise ConfigError(f"{option}: kind is {net.kind!r}", hint="it is tap, user, link or none")
     if net.forward and net.kind != "user":
         raise ConfigError(f"{option}: forward goes with user only", hint="user,forward=HOSTPORT:GUESTPORT")
-    net.forwards()
+    ports = [(host, protocol) for host, _, protocol in net.forwards()]
+    for host, protocol in ports:
+        if ports.count((host, protocol)) > 1:
+            raise ConfigError(f"{option}: port {host}/{protocol} is forwarded twice", hint="one way for each port")
     if net.mac is not None:
         from devices.virtio.net import parse_mac  # noqa: PLC0415 - only a machine with a network needs it
 
