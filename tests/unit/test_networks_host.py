@@ -1,17 +1,20 @@
 """What networks stand on: TAPs, links, captures, passt."""
 
+import contextlib
+import errno
 import os
 import socket
 import subprocess
 from struct import pack, unpack_from
 
 import pytest
+from namespaces import may_make_interfaces
 
 from devices.backends import passt as passt_module
 from devices.backends.errors import BackendError
 from devices.backends.link import Link
 from devices.backends.net import Nowhere, open_backend
-from devices.backends.passt import Passt
+from devices.backends.passt import Passt, refuse_taken_ports
 from devices.backends.pcap import Capture
 from devices.backends.tap import Tap
 from devices.events import EventLog
@@ -94,6 +97,14 @@ def test_frames_of_the_largest_size_and_none_at_all(members):
 def test_names_of_links(name):
     with pytest.raises(BackendError, match="no name of a link"):
         Link(name)
+
+
+def test_a_folder_whose_path_is_too_long(tmp_path, monkeypatch):
+    """A unix socket's path has 107 bytes at most (unix(7))."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(BackendError, match="longer than 107") as caught:
+        Link("lab")
+    assert "XDG_RUNTIME_DIR" in caught.value.hint
 
 
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path, monkeypatch):
@@ -229,6 +240,28 @@ def test_no_passt(monkeypatch):
     assert "apt-get install passt" in caught.value.hint
 
 
+@pytest.mark.parametrize(("kind", "protocol"), [(socket.SOCK_STREAM, "tcp"), (socket.SOCK_DGRAM, "udp")])
+def test_a_port_of_the_host_that_is_in_use(kind, protocol):
+    with socket.socket(socket.AF_INET, kind) as other:
+        other.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(BackendError, match=f"port {port}/{protocol} .* in use"):
+            refuse_taken_ports([(port, 80, protocol)])
+    refuse_taken_ports([(port, 80, protocol)])  # it is free again
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EACCES, "not yours"), (errno.EAFNOSUPPORT, None)])
+def test_a_port_of_the_host_that_cannot_be_bound(monkeypatch, number, words):
+    def refuse(*_):
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(passt_module, "_bind", refuse)
+    with pytest.raises(BackendError, match=words) if words else contextlib.nullcontext():
+        refuse_taken_ports([(80, 80, "tcp")])
+
+
 def test_a_passt_that_says_why_it_cannot(tmp_path, monkeypatch):
     program = tmp_path / "passt"
     program.write_text("#!/bin/sh\necho 'No routable interface for IPv4' >&2\nexit 1\n")
@@ -244,13 +277,26 @@ def test_a_passt_that_says_why_it_cannot(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("hvnone9", "no interface hvnone9"), ("lo", "no TAP"), ("", "no name"), ("x" * 16, "no name"), ("a/b", "no name")],
+    [("hvnone9", "no interface hvnone9"), ("", "no name"), ("x" * 16, "no name"), ("a/b", "no name")],
 )
 def test_interfaces_that_are_no_taps(name, words):
     with pytest.raises(BackendError, match=words) as caught:
         Tap(name)
     if name == "hvnone9":
         assert "ip tuntap add dev hvnone9 mode tap" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.EACCES, "chmod 666 /dev/net/tun"), (errno.ENOENT, "modprobe tun")]
+)
+def test_a_tun_device_that_cannot_be_opened(monkeypatch, number, remedy):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BackendError, match="/dev/net/tun") as caught:
+        Tap("lo")
+    assert remedy in caught.value.hint
 
 
 def test_no_network_of_that_kind():
@@ -261,10 +307,6 @@ def test_no_network_of_that_kind():
     assert receive(nowhere) is None
 
 
-def may_make_interfaces():
-    return os.geteuid() == 0 and os.path.exists("/dev/net/tun")
-
-
 @pytest.mark.skipif(not may_make_interfaces(), reason="only root makes TAPs; tests/linux has one as well")
 def test_a_tap_of_the_kernel():
     name = f"hvt{os.getpid() % 100000}"
@@ -273,6 +315,8 @@ def test_a_tap_of_the_kernel():
         tap = Tap(name)
         with pytest.raises(BackendError, match="busy"):
             Tap(name)
+        with pytest.raises(BackendError, match="lo is no TAP"):
+            Tap("lo")
         tap.set_offloads(1 << 1 | 1 << 7 | 1 << 8)
         subprocess.run(["ip", "link", "set", name, "up"], check=True)
         assert send(tap, bytes(12) + frame(ALL, A, bytes(50)))
