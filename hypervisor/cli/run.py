@@ -42,6 +42,7 @@ disks, networks and more (--disk, --net and --port may be repeated; N takes K, M
 
   hv run debian --disk root.qcow2 --append "console=ttyS0 root=/dev/vda" --net user,forward=2222:22 --rng
   hv run debian --disk base.img,overlay=memory --net tap=tap0,pcap=frames.pcap
+  sudo ip netns exec lab hv run debian --net tap=tap0        a TAP of the network namespace lab
 
 profile:
   --profile FILE[,every=N][,trace=off]    where each exit came from (RIP), or only one in N (0: none); trace=off records
