@@ -27,6 +27,7 @@ BENCHMARKS: Final = {
     "linux": ("linux_boot", "Debian's kernel to /init in the emulated host (minutes)"),
     "disk": ("disk", "a virtio disk driven from ring 3, beside QEMU, and kvmtool if `lkvm` is on the PATH"),
     "net": ("net", "a virtio network driven from ring 3, on a TAP (root only), beside the same"),
+    "fio": ("fio", "fio on a guest's disk in the emulated host, beside a loop device there (minutes)"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }
