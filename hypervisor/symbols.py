@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final
 
 from hypervisor.errors import ImageError
@@ -47,24 +47,31 @@ class Symbols:
         offset: bytes by which the guest runs above the addresses in the file, as KASLR moves a kernel.
     """
 
-    __slots__ = ("_names", "_sizes", "_starts", "offset")
+    __slots__ = ("_aliases", "_names", "_sizes", "_starts", "offset")
 
     def __init__(self, entries: Iterable[tuple[int, int, str]], *, offset: int = 0) -> None:
         """Sort (address, size, name) entries; a size of 0 reaches to the next name.
 
         Of several names at one address the one with a size wins, then the one without a leading underscore, then the
-        shortest. Where some addresses lie in the higher half, those below are no addresses but per-CPU offsets, and
-        are left out.
+        shortest; the others are only good for `address_of`. Where some addresses lie in the higher half, those below
+        are no addresses but per-CPU offsets, and are left out.
         """
         best: dict[int, tuple[bool, bool, int, str, int]] = {}
+        aliases: dict[str, int] = {}
         for address, size, name in entries:
             rank = (not size, name.startswith("_"), len(name), name, size)
-            if address not in best or rank < best[address]:
+            other = best.get(address)
+            if other is None or rank < other:
                 best[address] = rank
+                rank = other or rank
+            if other is not None:
+                aliases.setdefault(rank[3], address)
         starts = sorted(best)
         if starts and starts[-1] >= HIGHER_HALF:
-            starts = [start for start in starts if start >= HIGHER_HALF]
+            starts = starts[bisect_left(starts, HIGHER_HALF) :]
+            aliases = {name: address for name, address in aliases.items() if address >= HIGHER_HALF}
         self.offset = offset
+        self._aliases = aliases
         self._starts = array("Q", starts)
         self._sizes = array("Q", [best[start][4] for start in starts])
         self._names = [best[start][3] for start in starts]
@@ -116,6 +123,14 @@ class Symbols:
 
         The second number is the size in bytes, and is left out where it is not known (the last name of a map).
         """
+        found = self._at(address)
+        if found is None:
+            return None
+        index, distance, size = found
+        return f"{self._names[index]}+{distance:#x}/{size:#x}" if size else self._names[index]
+
+    def _at(self, address: int) -> tuple[int, int, int] | None:
+        """Return the index of what holds the address, the distance from its start, and its size or 0."""
         wanted = address - self.offset & MASK
         index = bisect_right(self._starts, wanted) - 1
         if index < 0:
@@ -124,16 +139,26 @@ class Symbols:
         if not size and index + 1 < len(self._starts):
             size = self._starts[index + 1] - start
         distance = wanted - start
-        if not size:
-            return self._names[index] if not distance else None
-        return f"{self._names[index]}+{distance:#x}/{size:#x}" if distance < size else None
+        return (index, distance, size) if distance < (size or 1) else None
+
+    def label(self, address: int) -> str | None:
+        """Return the name alone of what holds the guest address, None where `find` has none."""
+        found = self._at(address)
+        return None if found is None else self._names[found[0]]
+
+    def entries(self) -> Iterator[tuple[int, int, str]]:
+        """Yield (address in the file, size or 0, name), in the order of addresses, one name an address."""
+        return zip(self._starts, self._sizes, self._names, strict=True)
 
     def address_of(self, name: str) -> int | None:
         """Return where the guest has the symbol of this exact name, None when there is none; looks at all of them."""
         try:
-            return self._starts[self._names.index(name)] + self.offset & MASK
+            start = self._starts[self._names.index(name)]
         except ValueError:
-            return None
+            if name not in self._aliases:
+                return None
+            start = self._aliases[name]
+        return start + self.offset & MASK
 
     def kaslr_offset(self, page_fault_handler: int) -> int | None:
         """Return the offset that puts a Linux kernel's page fault handler where the guest's IDT has it.

@@ -166,6 +166,25 @@ def test_a_file_that_cannot_be_read_is_an_image_error(tmp_path: Path) -> None:
         Symbols.load(tmp_path)
 
 
+def test_names_that_share_an_address_are_all_found_by_name() -> None:
+    symbols = Symbols.parse(MAP, name="map", offset=0x200000)
+    assert {symbols.address_of(name) for name in ("_stext", "_text", "startup_64")} == {0xFFFF_FFFF_8120_0000}
+    assert symbols.address_of("__per_cpu_start") is None, "a per-CPU offset is no address"
+
+
+def test_a_label_is_the_name_alone() -> None:
+    symbols = Symbols.parse(MAP, name="map", offset=0x200000)
+    assert symbols.label(0xFFFF_FFFF_8120_0041) == "verify_cpu"
+    assert symbols.label(0xFFFF_FFFF_8120_0180) == "_edata"
+    assert symbols.label(0xFFFF_FFFF_8120_0181) is None
+    assert symbols.label(0xFFFF_FFFF_8100_0041) is None
+
+
+def test_entries_are_those_of_the_file() -> None:
+    symbols = Symbols([(0x20, 0, "b"), (0x10, 4, "a"), (0x20, 0, "longer")], offset=0x1000)
+    assert list(symbols.entries()) == [(0x10, 4, "a"), (0x20, 0, "b")]
+
+
 @given(st.binary(max_size=300), st.integers(0, 400), st.binary(max_size=16))
 def test_any_damage_gives_names_or_an_image_error(
     tmp_path_factory: pytest.TempPathFactory, tail: bytes, at: int, patch: bytes
