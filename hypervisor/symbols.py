@@ -80,6 +80,13 @@ class Symbols:
         return len(self._names)
 
     @classmethod
+    def of_sorted(cls, starts: array[int], sizes: array[int], names: list[str]) -> Symbols:
+        """Take a table that is sorted already, as another's `entries` are: one name an address, arrays of "Q"."""
+        symbols = cls(())
+        symbols._starts, symbols._sizes, symbols._names = starts, sizes, names
+        return symbols
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str], *, offset: int = 0) -> Symbols:
         """Read the symbols of an ELF file or of a System.map, told apart by content.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Reader = Callable[[int, int], bytes | None]
 
-__all__ = ["KERNEL_MAP", "image_reader", "image_shift", "kernel_reader", "read", "search"]
+__all__ = ["KERNEL_MAP", "direct_map", "image_reader", "image_shift", "kernel_reader", "read", "search"]
 
 KERNEL_MAP: Final = 0xFFFF_FFFF_8000_0000
 """Where Linux maps its image: physical address 0, plus phys_base (Documentation/arch/x86/x86_64/mm.rst)."""
@@ -102,33 +102,47 @@ def image_reader(memory: GuestMemory, symbols: Symbols) -> Reader | None:
             return read(memory, address - KERNEL_MAP + shift & MASK, size)
         return read(memory, address - direct, size) if 0 <= address - direct < DIRECT_MAP_SIZE else None
 
-    direct, base = DIRECT_MAP, symbols.address_of("page_offset_base")
-    if base is not None and (value := read_image(base, 8)) is not None:
-        direct = int.from_bytes(value, "little") or DIRECT_MAP
+    direct = DIRECT_MAP
+    direct = direct_map(symbols, read_image)
     return read_image
 
 
-def kernel_reader(memory: GuestMemory, symbols: Symbols, cr3: int | None) -> Reader | None:
+def direct_map(symbols: Symbols, read_kernel: Reader) -> int:
+    """Return where the kernel maps physical address 0: CONFIG_RANDOMIZE_MEMORY moves it.
+
+    Args:
+        symbols: the kernel's, at the addresses where it runs.
+        read_kernel: copies (address, size) out of its image.
+    """
+    base = symbols.address_of("page_offset_base")
+    value = None if base is None or base < KERNEL_MAP else read_kernel(base, 8)
+    return DIRECT_MAP if value is None else int.from_bytes(value, "little") or DIRECT_MAP
+
+
+def kernel_reader(memory: GuestMemory, symbols: Symbols, cr3: int | None = None) -> Reader | None:
     """Return a function that copies (address, size) out of the kernel's virtual memory.
 
     Args:
         memory: the guest's RAM.
         symbols: the kernel's, at the addresses where it runs.
-        cr3: any vCPU's CR3 in the guest kernel, of 4 or 5 levels; None, or one whose tables do not map the kernel's
-            image where it is, leaves image and direct map.
+        cr3: any vCPU's CR3 in the guest kernel, of 4 or 5 levels. With None, or one whose tables do not map the
+            kernel's image where it is, the kernel's own first tables serve, and without these image and direct map.
 
     Returns:
         The function, or None where the kernel is not found.
     """
     plain = image_reader(memory, symbols)
     probe = symbols.address_of("init_task") or symbols.address_of("_text")
-    if cr3 is None or probe is None:
-        return plain
-    # with page table isolation the user's half lies one page above the kernel's; with 4 KiB tables it may be a whole
-    for table in (cr3 & paging.FRAME, cr3 & paging.FRAME & ~paging.PAGE):
+    own = symbols.address_of("init_top_pgt")
+    shift = None if own is None else image_shift(memory, symbols)
+    # with page table isolation the user's half lies one page above the kernel's
+    tables = [] if cr3 is None else [cr3 & paging.FRAME, cr3 & paging.FRAME & ~paging.PAGE]
+    if own is not None and shift is not None:
+        tables.append(own - KERNEL_MAP + shift & MASK)
+    for table in tables if probe is not None else ():
         for levels in (0, paging.CR4_LA57):
             walker = paging.reader(memory.read, cr0=CR0, cr3=table, cr4=CR4 | levels, efer=EFER)
-            sample = walker(probe, 8)
-            if sample is not None and (plain is None or sample == plain(probe, 8)):
+            sample = walker(probe or 0, 8)
+            if sample is not None and (plain is None or sample == plain(probe or 0, 8)):
                 return walker
     return plain
