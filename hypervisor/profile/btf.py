@@ -23,7 +23,7 @@ MAGIC: Final = 0xEB9F
 HEADER: Final = struct.Struct("<HBBIIIII")  # magic, version, flags, hdr_len, type_off, type_len, str_off, str_len
 HEAD: Final = struct.Struct("<III")  # name_off, info, size or type
 MEMBER: Final = struct.Struct("<III")  # name_off, type, offset
-MAX_SIZE: Final = 1 << 26
+MAX_SIZE: Final = 1 << 25
 MAX_DEPTH: Final = 16
 """Typedefs and qualifiers of each other; the kernel has fewer than 8."""
 

@@ -104,7 +104,7 @@ def _symbols_of(read: Reader, module: int, offsets: _Offsets) -> list[tuple[int,
     packed = read(_word(read, table + offsets.symtab), count * SYMBOL.size)
     entries = [entry for entry in SYMBOL.iter_unpack(packed or b"") if base <= entry[4] < base + size]
     strings = _strings(read, _word(read, table + offsets.strtab), max((entry[0] for entry in entries), default=0))
-    found = {}
+    found: dict[int, str] = {}
     for at, kind, _, _, value, _ in entries:
         text = _text(strings[at : at + MAX_NAME])
         if text and kind & 0xF == FUNC:

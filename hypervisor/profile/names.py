@@ -203,9 +203,10 @@ def _kernel(
 
 def _packed(table: Symbols) -> bytes:
     """Return a table as its sizes, the distances between its addresses, and its names."""
-    entries = list(table.entries())
-    starts = [address + table.offset & MASK for address, _, _ in entries]
-    distances = array("Q", [*starts[:1], *(after - before & MASK for before, after in pairwise(starts))])
+    # sorted again: an offset may carry the last ones over the end of all addresses
+    entries = sorted((address + table.offset & MASK, size, name) for address, size, name in table.entries())
+    starts = [address for address, _, _ in entries]
+    distances = array("Q", [*starts[:1], *(after - before for before, after in pairwise(starts))])
     sizes = array("Q", [size for _, size, _ in entries])
     names = "\n".join(name.replace("\n", "?") for _, _, name in entries).encode("utf-8", "replace")
     return HEADER.pack(len(entries), len(names)) + distances.tobytes() + sizes.tobytes() + names
