@@ -116,10 +116,12 @@ class LinuxMemory:
         self.memory.write(self.physical(self.addresses[name]), data)
 
     def _task(self, place: int, pid: int, comm: str, mm: int | None) -> None:
-        self.memory.write(place + PID, struct.pack("<II", pid + 7000, pid))
+        self.memory.write(place + PID, struct.pack("<II", pid, pid))
         self.memory.write(place + COMM, comm.encode().ljust(16, b"\0")[:16])
-        self.memory.write(place + MM, struct.pack("<Q", DIRECT_MAP + mm if mm else 0))
+        # a kernel thread borrows an address space, and only active_mm says so
+        self.memory.write(place + MM, struct.pack("<QQ", DIRECT_MAP + mm if mm else 0, DIRECT_MAP + (mm or 0x3000)))
         self._link(place + TASKS, self.places[0] + TASKS)
+        self._link(place + TASKS + 8, self.places[-1] + TASKS)
 
     def _virtual(self, place: int) -> int:
         return place - PHYSICAL + TEXT if place >= PHYSICAL else DIRECT_MAP + place
@@ -129,9 +131,10 @@ class LinuxMemory:
 
     def task(self, pid: int, comm: str, directory: int | None) -> int:
         """Add a task at the end of the list, with an address space of this page-global directory or with none."""
-        place = 2 * MIB + 0x1000 * len(self.places)
+        place = 2 * MIB + 0x2000 * len(self.places)
         if directory is not None:
             self.memory.write(place + 0x800 + PGD, struct.pack("<Q", DIRECT_MAP + directory))
+            self.memory.write(directory + 8 * 511, self.memory.read(self.cr3 + 8 * 511, 8))
         self._task(place, pid, comm, None if directory is None else place + 0x800)
         self._link(self.places[-1] + TASKS, place + TASKS)
         self.places.append(place)

@@ -1,8 +1,8 @@
 """Which process an address space belongs to: the kernel's list of tasks, read in its memory.
 
 struct task_struct is laid out differently in each build; the kernel's own type information (BTF) tells where its
-members are. The list is walked while the guest may change it: a link that leads nowhere ends the walk, and what was
-found so far is the answer.
+members are, or else what they hold does. The list is walked while the guest may change it: a link that leads nowhere
+ends the walk, and what was found so far is the answer.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hypervisor.paging import FRAME, PAGE
-from hypervisor.profile import btf
+from hypervisor.profile import btf, taskscan
 from hypervisor.profile.reading import direct_map, kernel_reader
+from hypervisor.profile.taskscan import Offsets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,38 +37,35 @@ class Process(NamedTuple):
     comm: str
 
 
-class _Offsets(NamedTuple):
-    """Of the members of task_struct, and of pgd in mm_struct, in bytes."""
-
-    tasks: int
-    pid: int
-    comm: int
-    mm: int
-    pgd: int
-
-
 def processes(memory: GuestMemory, symbols: Symbols, cr3: int | None = None) -> dict[int, Process]:
     """List the processes that have an address space of their own.
 
     Args:
         memory: the guest's RAM; the guest may run meanwhile.
-        symbols: the kernel's, at the addresses where it runs; init_task and the bounds of BTF are needed.
+        symbols: the kernel's, at the addresses where it runs; init_task is needed, and the bounds
+            of BTF or init_top_pgt.
         cr3: any vCPU's CR3 in the guest kernel; None reads the kernel's image and direct map without its tables.
 
     Returns:
         The physical address of each page-global directory, and whose it is; empty where the kernel does not tell.
     """
-    read = kernel_reader(memory, symbols, cr3)
-    types = None if read is None else btf.find(symbols, read)
-    first = symbols.address_of("init_task")
-    if read is None or types is None or first is None:
+    read, first = kernel_reader(memory, symbols, cr3), symbols.address_of("init_task")
+    offsets = None if read is None or first is None else _offsets(read, symbols, first)
+    if read is None or first is None or offsets is None:
         return {}
+    return _walk(read, first, offsets, direct_map(symbols, read))
+
+
+def _offsets(read: Reader, symbols: Symbols, first: int) -> Offsets | None:
+    """Return where the members are, by the kernel's type information or else by what they hold."""
+    types = btf.find(symbols, read)
+    if types is None:
+        directory = symbols.address_of("init_top_pgt")
+        return None if directory is None else taskscan.scan(read, first, directory)
     paths = (("task_struct", "tasks.next"), ("task_struct", "tgid"), ("task_struct", "comm"), ("task_struct", "mm"))
     found = [types.offset(*path) for path in (*paths, ("mm_struct", "pgd"))]
     places = [place for place in found if place is not None]
-    if len(places) != len(found):
-        return {}
-    return _walk(read, first, _Offsets(*places), direct_map(symbols, read))
+    return Offsets(*places) if len(places) == len(found) else None
 
 
 def of_address_space(table: Mapping[int, Process], cr3: int) -> Process | None:
@@ -83,7 +81,7 @@ def of_address_space(table: Mapping[int, Process], cr3: int) -> Process | None:
     return found
 
 
-def _walk(read: Reader, first: int, offsets: _Offsets, direct: int) -> dict[int, Process]:
+def _walk(read: Reader, first: int, offsets: Offsets, direct: int) -> dict[int, Process]:
     """Follow the list of tasks from init_task until it comes back, leads nowhere, or is too long.
 
     The list has one task for each thread group, its leader.

@@ -8,10 +8,10 @@ import struct
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linux_memory import COMM, DIRECT_MAP, MIB, MM, TASKS, LinuxMemory
+from linux_memory import COMM, DIRECT_MAP, MIB, MM, PGD, TASKS, TGID, LinuxMemory
 
 from hypervisor.memory import GuestMemory
-from hypervisor.profile import btf, modules
+from hypervisor.profile import btf, modules, taskscan
 from hypervisor.profile.processes import Process, of_address_space, processes
 from hypervisor.profile.reading import kernel_reader
 
@@ -53,14 +53,60 @@ def test_page_tables_alone_will_do(memory, linux):
     assert processes(memory, symbols, None) == {}
 
 
-@pytest.mark.parametrize("missing", ["init_task", "__start_BTF", "__stop_BTF"])
+@pytest.mark.parametrize("missing", [("init_task",), ("__start_BTF", "init_top_pgt"), ("__stop_BTF", "init_top_pgt")])
 def test_a_kernel_that_does_not_tell_has_no_processes(memory, linux, missing):
-    assert processes(memory, linux.symbols(without=(missing,)), CR3) == {}
+    assert processes(memory, linux.symbols(without=missing), CR3) == {}
+
+
+def test_members_are_those_that_the_type_information_names(memory, linux):
+    """The list holds thread groups, so pid and tgid are the same in a kernel; here they differ to tell them apart."""
+    memory.write(linux.places[3] + TGID, struct.pack("<I", 4321))
+    assert processes(memory, linux.symbols())[0x40_2000].pid == 4321
+
+
+# --- without type information -----------------------------------------------------------------------------------------
+
+NO_TYPES = ("__start_BTF", "__stop_BTF")
+
+
+@pytest.mark.parametrize("cr3", [None, CR3])
+def test_members_are_found_by_what_they_hold(memory, linux, cr3):
+    symbols = linux.symbols(without=NO_TYPES)
+    read = kernel_reader(memory, symbols, cr3)
+    found = taskscan.scan(read, linux.addresses["init_task"], linux.addresses["init_top_pgt"])
+    assert found == (TASKS, TGID - 4, COMM, MM, PGD)
+    assert processes(memory, symbols, cr3) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("task", "at", "data"),
+    [
+        (0, COMM, b"other"),
+        (2, COMM, b"other"),
+        (1, TASKS + 8, bytes(8)),
+        (2, TASKS + 8, bytes(8)),
+        (1, TGID, b"\2"),
+        (0, 0x30, struct.pack("<II", 0, 0)),  # a second pair of 0, 1 and 2
+        (2, MM, b"\1"),
+        (1, MM + 8, bytes(8)),
+        (1, 0x800 + PGD, bytes(8)),
+        (1, 0x800 + PGD, b"\1"),
+    ],
+)
+def test_what_cannot_be_told_is_not_guessed(memory, linux, task, at, data):
+    if at == 0x30:
+        for number in (1, 2):
+            memory.write(linux.places[number] + at, struct.pack("<II", number, number))
+    memory.write(linux.places[task] + at, data)
+    assert processes(memory, linux.symbols(without=NO_TYPES)) == {}
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_kernel_may_move_its_direct_map_or_not(memory, linux):
     linux.write("page_offset_base", struct.pack("<Q", 0))
-    memory.write(linux.physical(linux.addresses["init_task"]) + TASKS, struct.pack("<Q", 0xFFFF_8880_0020_1000 + TASKS))
+    memory.write(linux.physical(linux.addresses["init_task"]) + TASKS, struct.pack("<Q", 0xFFFF_8880_0020_2000 + TASKS))
     for place in linux.places[1:]:
         for member in (TASKS, MM):
             value = int.from_bytes(memory.read(place + member, 8), "little")
@@ -123,6 +169,7 @@ def test_any_damage_gives_a_dictionary(seed, places):
             memory.write(dice.choice(spots) + dice.randrange(0x400), dice.randbytes(8))
         symbols = linux.symbols()
         assert isinstance(processes(memory, symbols, CR3), dict)
+        assert isinstance(processes(memory, linux.symbols(without=NO_TYPES), CR3), dict)
         read = kernel_reader(memory, symbols, CR3)
         types = btf.find(symbols, read) if read else None
         if types is not None:
