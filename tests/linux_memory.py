@@ -148,7 +148,8 @@ class LinuxMemory:
         for value, function in functions:
             table += struct.pack("<IBBHQQ", len(strings), 2, 0, 1, base + value, 4)
             strings += function.encode() + b"\0"
-        table += struct.pack("<IBBHQQ", 0, 1, 0, 2, base + 0x3000, 4)  # data
+        table += struct.pack("<IBBHQQ", len(strings), 2, 0, 2, base + 0x3000, 4)  # of another section
+        strings += b"elsewhere\0"
         head, module = self.addresses["modules"], base + 0x1000
         self.memory.write(place + 0x1000 + MODULE_LIST, struct.pack("<QQ", head, self.module_heads[-1]))
         self.memory.write(place + 0x1000 + MODULE_NAME, name.encode() + b"\0")

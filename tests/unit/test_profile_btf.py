@@ -29,7 +29,8 @@ def writer() -> BtfWriter:
     # with the kind flag an offset is in the low 24 bits, below the size of a bit field
     bits = struct.pack("<III", out._string("flag"), word, 1 << 24 | 65)
     bits += struct.pack("<III", out._string("whole"), word, 0 << 24 | 128)
-    out.add(STRUCT, "flags", 24, bits, 2, 1)
+    bits += struct.pack("<III", out._string("start"), word, 3 << 24 | 64)
+    out.add(STRUCT, "flags", 24, bits, 3, 1)
     return out
 
 
@@ -45,6 +46,7 @@ def writer() -> BtfWriter:
         ("inner", "prev", 8),
         ("flags", "whole", 16),
         ("flags", "flag", None),
+        ("flags", "start", 8),
         ("outer", "absent", None),
         ("outer", "head.next", None),
         ("outer", "head[1]", None),

@@ -53,6 +53,26 @@ def test_every_order_of_the_tables_is_read(memory, layout, count):
     assert found.label(VIRTUAL + 0x41) == "native_safe_halt"
 
 
+def test_a_length_of_one_byte_may_have_its_top_bit(memory):
+    """Before 6.1 a length is a byte, whatever is in it."""
+    dice = random.Random(7)
+    name = "t" + "".join(dice.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=200))
+    kernel = put_kernel(memory, LAYOUTS["5.10"], [*(many(300)[: len(NAMES) + 300]), (0x90, name)])
+    found = kallsyms.find(memory)
+    assert found is not None
+    assert list(found.entries()) == list(expected(kernel).entries())
+
+
+def test_zeroes_are_no_sign_of_a_kernel_that_was_not_moved(memory):
+    symbols = Symbols([(0xFFFF_FFFF_8040_0100, 0, "phys_base")])
+    assert image_shift(memory, symbols) == 0
+    memory.write(10 * MIB + 0x100, (6 * MIB).to_bytes(8, "little"))
+    assert image_shift(memory, symbols) == 6 * MIB
+    memory.write(4 * MIB + 0x100, b"\1")
+    memory.write(10 * MIB + 0x100, bytes(8))
+    assert image_shift(memory, symbols) is None
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_kernel_that_kaslr_moved_is_found_where_it_runs(memory, layout):
     kernel = put_kernel(

@@ -50,6 +50,7 @@ def test_page_tables_alone_will_do(memory, linux):
     """No phys_base and no banner: where the image lies is known only to the page tables."""
     symbols = linux.symbols(without=("phys_base", "linux_banner"))
     assert processes(memory, symbols, CR3) == EXPECTED
+    assert processes(memory, symbols, CR3 | 0x1805) == EXPECTED
     assert processes(memory, symbols, None) == {}
 
 
@@ -204,6 +205,7 @@ def test_functions_of_modules_have_the_module_beside_them(memory, members):
         None,
     ]
     assert found.label(other + 0x7FF) == "init [other]"
+    assert found.label(other + 0x3000) is None
 
 
 def test_a_module_without_a_table_is_known_by_its_name(memory, linux):
