@@ -19,6 +19,7 @@ import re
 import struct
 from array import array
 from bisect import bisect_left
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hypervisor.profile.reading import KERNEL_MAP, image_shift, read, search
@@ -46,8 +47,11 @@ MAX_NAME: Final = 514
 MAX_TABLES: Final = 1 << 25
 """Bytes of all tables together; distributions' kernels have 4 MiB."""
 MAX_HITS: Final = 4096
-MAX_CANDIDATES: Final = 16
-"""Bounds on what a guest can make this do: places that look like digits, and token tables that look whole."""
+MAX_CANDIDATES: Final = 8
+MAX_MARKERS: Final = 128
+MAX_EXPANDED: Final = 4 * MAX_SYMBOLS
+"""Bounds on what a guest can make this do: places that look like digits, token tables that look whole, markers that may
+belong to one of them, and names that are decompressed in all."""
 
 
 class _Tokens(NamedTuple):
@@ -65,6 +69,18 @@ class _Names(NamedTuple):
     names: list[str]
 
 
+class _Budget:
+    """How many names may still be decompressed."""
+
+    def __init__(self) -> None:
+        self.left = MAX_EXPANDED
+
+    def take(self, number: int) -> bool:
+        """Take so many, if there are."""
+        self.left -= number
+        return self.left >= 0
+
+
 def find(memory: GuestMemory) -> Symbols | None:
     """Find the symbols of the Linux kernel that runs in this memory, at the addresses where it runs.
 
@@ -74,9 +90,9 @@ def find(memory: GuestMemory) -> Symbols | None:
     Returns:
         The symbols, or None where there is no kernel with CONFIG_KALLSYMS.
     """
-    spare = None
+    spare, budget = None, _Budget()
     for tokens in _token_tables(memory):
-        symbols = _decode(memory, tokens)
+        symbols = _decode(memory, tokens, budget)
         if symbols is None:
             continue
         shift = image_shift(memory, symbols)
@@ -125,11 +141,11 @@ def _tokens_at(memory: GuestMemory, digits: int) -> _Tokens | None:
     return _Tokens(start, end + INDEX_SIZE, [text.decode("ascii") for text in texts[:TOKENS]])
 
 
-def _decode(memory: GuestMemory, tokens: _Tokens) -> Symbols | None:
+def _decode(memory: GuestMemory, tokens: _Tokens, budget: _Budget) -> Symbols | None:
     """Read the tables around a token table, in whichever order they are."""
     before = _read_before(memory, tokens.start, MAX_TABLES)
-    for markers_at, count in _marker_tables(before):
-        found = _names(before, markers_at, count, tokens.texts)
+    for markers_at, count in islice(_marker_tables(before), MAX_MARKERS):
+        found = _names(before, markers_at, count, tokens.texts, budget)
         if found is None:
             continue
         number = len(found.names)
@@ -166,13 +182,12 @@ def _marker_tables(before: bytes) -> Iterator[tuple[int, int]]:
         if at < 2:
             return
         if not words[at] and (count == 1 or 0 < words[at + 1] <= BLOCK * MAX_NAME):
-            # only where the last marker is larger than the one before it
-            last = at + count - 1
-            if count < 3 or words[last] > words[last - 1]:
+            markers = words[at : at + count].tolist()
+            if markers == sorted(markers):
                 yield 4 * at, count
 
 
-def _names(before: bytes, markers_at: int, count: int, texts: list[str]) -> _Names | None:
+def _names(before: bytes, markers_at: int, count: int, texts: list[str], budget: _Budget) -> _Names | None:
     """Return the names that end where the markers begin, None where none fit their markers."""
     markers = memoryview(before)[markers_at : markers_at + 4 * count].cast("I")
     quads = memoryview(before)[:markers_at].cast("Q")
@@ -183,7 +198,7 @@ def _names(before: bytes, markers_at: int, count: int, texts: list[str]) -> _Nam
             blob = before[8 * at : markers_at]
             # before 6.1 a length was one byte, later ones of 128 and more are two (ULEB128)
             for wide in (True, False):
-                names = _expand(blob, number, markers, texts, wide=wide)
+                names = _expand(blob, number, markers, texts, wide=wide) if budget.take(number) else None
                 if names is not None:
                     return _Names(8 * (at - 1), names)
     return None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Offsets", "scan"]
 
 TASK_SIZE: Final = 6144
-"""Bytes that are looked at: what is wanted lies in the first half of a task_struct."""
+"""Bytes that are looked at for a task's name; all else that is wanted lies before it, in every kernel so far."""
 MM_SIZE: Final = 512
 SWAPPER: Final = b"swapper"
 KTHREADD: Final = b"kthreadd\0"
@@ -61,7 +61,7 @@ def scan(read_kernel: Reader, first: int, directory: int) -> Offsets | None:
     comm = swapper.data.find(SWAPPER) if swapper is not None else -1
     if swapper is None or comm < 0:
         return None
-    for tasks in range(0, TASK_SIZE - 8, 8):
+    for tasks in range(0, comm - 8, 8):
         init = _task(read_kernel, _next(swapper, tasks))
         kthreadd = None if init is None else _task(read_kernel, _next(init, tasks))
         if init is None or kthreadd is None or not kthreadd.data.startswith(KTHREADD, comm):
@@ -69,7 +69,7 @@ def scan(read_kernel: Reader, first: int, directory: int) -> Offsets | None:
         # prev leads back where next came from
         if init.words[tasks // 8 + 1] != first + tasks or kthreadd.words[tasks // 8 + 1] != init.address + tasks:
             continue
-        pid, mm = _pid(swapper, init, kthreadd), _mm(swapper, init, kthreadd)
+        pid, mm = _pid(comm, swapper, init, kthreadd), _mm(comm, swapper, init, kthreadd)
         pgd = None if mm is None else _pgd(read_kernel, init.words[mm // 8], directory)
         if pid is not None and mm is not None and pgd is not None:
             return Offsets(tasks, pid, comm, mm, pgd)
@@ -87,22 +87,22 @@ def _next(task: _Task, tasks: int) -> int:
     return link - tasks if link != task.address + tasks else 0
 
 
-def _pid(*tasks: _Task) -> int | None:
+def _pid(end: int, *tasks: _Task) -> int | None:
     """Return the offset of the first of two numbers, pid and tgid, that are 0, 1 and 2."""
     wanted = [struct.pack("<II", number, number) for number in range(len(tasks))]
     found = [
         at
-        for at in range(0, TASK_SIZE - 8, 4)
+        for at in range(0, end - 8, 4)
         if all(task.data.startswith(pair, at) for task, pair in zip(tasks, wanted, strict=True))
     ]
     return found[0] if len(found) == 1 else None
 
 
-def _mm(swapper: _Task, init: _Task, kthreadd: _Task) -> int | None:
+def _mm(end: int, swapper: _Task, init: _Task, kthreadd: _Task) -> int | None:
     """Return the offset of mm, which active_mm follows: the same in a process, none in a kernel thread."""
     found = [
         8 * at
-        for at in range(TASK_SIZE // 8 - 1)
+        for at in range(end // 8 - 1)
         if init.words[at] == init.words[at + 1]
         and init.words[at] >= HIGHER_HALF
         and not swapper.words[at]

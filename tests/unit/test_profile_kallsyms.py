@@ -121,9 +121,48 @@ def test_memory_without_a_kernel_has_no_symbols(memory):
     assert kallsyms.find(memory) is None
 
 
-def test_memory_full_of_digits_takes_no_longer_than_a_look_at_some_of_them(memory):
+def counted(monkeypatch, name):
+    """Return a list that grows with each call of a function."""
+    calls, function = [], getattr(kallsyms, name)
+
+    def call(*arguments, **named):
+        calls.append(arguments)
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(kallsyms, name, call)
+    return calls
+
+
+def test_memory_full_of_digits_is_not_all_looked_at(memory, monkeypatch):
+    calls = counted(monkeypatch, "_tokens_at")
     memory.write(0, b"".join(b"%d\0" % digit for digit in range(10)) * (SIZE // 20))
     assert kallsyms.find(memory) is None
+    assert 1000 < len(calls) < 5000
+
+
+def test_of_many_kernels_a_few_are_looked_at(memory, monkeypatch):
+    """None of them can be told to run: they have no names for data."""
+    calls = counted(monkeypatch, "_decode")
+    for at in range(16):
+        put_kernel(memory, LAYOUTS["6.4"], NAMES, physical=at * MIB, virtual=VIRTUAL + at * 2 * MIB, data_symbols=False)
+    found = kallsyms.find(memory)
+    assert found is not None
+    assert found.address_of("_text") == VIRTUAL, "the first"
+    assert len(calls) == 8
+
+
+def test_only_so_many_names_are_decompressed(memory, monkeypatch):
+    """A guest may make every guess look right until its end."""
+    kernel = put_kernel(memory, LAYOUTS["5.10"], [entry for entry in many(300) if len(entry[1]) < 100])
+    number = len(kernel.entries)
+    at = memory.read(kernel.tables, kernel.size).find(number.to_bytes(8, "little"))
+    monkeypatch.setattr(kallsyms, "MAX_EXPANDED", 10 * number)
+    for before in range(8, 8 * 200, 8):
+        memory.write(kernel.tables + at - before, number.to_bytes(8, "little"))
+    memory.write(kernel.tables + at + 8, b"\xff")
+    calls = counted(monkeypatch, "_expand")
+    assert kallsyms.find(memory) is None
+    assert 2 < len(calls) <= 10
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

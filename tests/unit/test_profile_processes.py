@@ -102,6 +102,14 @@ def test_what_cannot_be_told_is_not_guessed(memory, linux, task, at, data):
     assert processes(memory, linux.symbols(without=NO_TYPES)) == {}
 
 
+def test_what_lies_behind_a_small_task_is_not_taken_for_a_part_of_it(memory, linux):
+    """Of an unknown size more is read than it has; its name comes after all that is wanted."""
+    memory.write(linux.places[1] + 0x300, struct.pack("<QQ", DIRECT_MAP + 0x5000, DIRECT_MAP + 0x5000))
+    for number in range(3):
+        memory.write(linux.places[number] + 0x310, struct.pack("<II", number, number))
+    assert processes(memory, linux.symbols(without=NO_TYPES)) == EXPECTED
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
