@@ -130,6 +130,10 @@ class Vcpu:
         """Segment, control and table registers; a running vCPU leaves the guest for a moment."""
         return self.call(self.handle.special_registers)
 
+    def stats(self) -> dict[str, int]:
+        """Return KVM's own counters; a running vCPU leaves the guest for a moment at the first call, not later."""
+        return self.handle.stats() if self.handle.has_open_stats else self.call(self.handle.stats)
+
     def is_polling(self, port: int) -> bool:
         """Tell whether the last exits, as far as they are recorded, were nothing but reads of `port`."""
         recent = self.handle.recent_exits

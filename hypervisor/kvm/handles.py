@@ -9,6 +9,7 @@ from hypervisor.cpuid import Entry
 from hypervisor.errors import HostError, KvmError
 from hypervisor.kvm._kvm import ffi, lib
 from hypervisor.kvm.ioctls import control, control_value, refusal
+from hypervisor.kvm.stats import Stats
 from hypervisor.kvm.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -89,15 +90,22 @@ class Vm:
         self._run_size = run_size
         self._bus = ffi.gc(lib.hv_bus_new(), lib.hv_bus_free)
         self._rings: list[ByteRing] = []
+        self._stats = Stats(fd)
         self.vcpus: list[Vcpu] = []
 
     def close(self) -> None:
         """Close the vCPUs, then the VM. Guest memory may be unmapped afterwards."""
         for vcpu in self.vcpus:
             vcpu.close()
+        self._stats.close()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def stats(self) -> dict[str, int]:
+        """Return KVM's own counters of the VM, by its names; {} where the kernel has none, and after `close`."""
+        file = self._stats.open()
+        return {} if file is None else file.values()
 
     # --- memory and interrupts ------------------------------------------------------------------------------------
 

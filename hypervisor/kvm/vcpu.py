@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from hypervisor.errors import HostError, KvmError
 from hypervisor.kvm._kvm import ffi, lib
 from hypervisor.kvm.ioctls import control, control_value
+from hypervisor.kvm.stats import Stats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -98,10 +99,12 @@ class Vcpu:
             os.close(fd)
             raise HostError(f"cannot map the run area of vCPU {index}")
         self._bus = bus  # the C side points to it
+        self._stats = Stats(fd)
         self.enter: Callable[[int], int] = partial(lib.hv_vcpu_run, self._c)
 
     def close(self) -> None:
         """Unmap kvm_run and close the vCPU; its thread must have ended."""
+        self._stats.close()
         if self._fd >= 0:
             del self.enter
             lib.hv_vcpu_free(self._c)
@@ -190,6 +193,25 @@ class Vcpu:
             return control_value(self._fd, lib.KVM_GET_TSC_KHZ)
         except KvmError:
             return 0
+
+    @property
+    def has_open_stats(self) -> bool:
+        """Whether `stats` may be called from any thread."""
+        return self._stats.is_open
+
+    def stats(self) -> dict[str, int]:
+        """Return KVM's own counters of the vCPU, by its names; {} where the kernel has none, and after `close`.
+
+        Of a histogram it is the number of samples. The first call belongs to the vCPU's thread, or comes before it
+        runs; later ones are for any thread.
+        """
+        file = self._stats.open()
+        return {} if file is None else file.values()
+
+    def stat_histograms(self) -> dict[str, list[tuple[int, int | None, int]]]:
+        """Return KVM's histograms of the vCPU, as `StatsFile.histograms` does; to be called as `stats`."""
+        file = self._stats.open()
+        return {} if file is None else file.histograms()
 
     # --- state --------------------------------------------------------------------------------------------------------
 
