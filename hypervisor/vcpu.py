@@ -39,7 +39,11 @@ SYSTEM_EVENTS = {SYSTEM_EVENT_SHUTDOWN: Stop.POWER_OFF, SYSTEM_EVENT_RESET: Stop
 
 
 class Vcpu:
-    """One virtual CPU and the thread that runs it."""
+    """One virtual CPU and the thread that runs it.
+
+    Attributes:
+        on_thread: called on the vCPU's own thread, with its id, before it enters the guest for the first time.
+    """
 
     def __init__(self, handle: kvm.Vcpu, ports: Bus, memory: Bus, end: Callable[[Outcome], None]) -> None:
         """Run the vCPU behind `handle`; accesses go to the two buses, the end of the machine to `end`."""
@@ -54,6 +58,7 @@ class Vcpu:
         self._ending = False
         self._parked = False
         self._thread: threading.Thread | None = None
+        self.on_thread: Callable[[int], None] = lambda _tid: None
 
     # --- control, from any thread ------------------------------------------------------------------------------------
 
@@ -144,6 +149,7 @@ class Vcpu:
     def _main(self) -> None:
         self.handle.attach_thread()
         try:
+            self.on_thread(threading.get_native_id())
             outcome = self._run()
             if outcome is not None:
                 self._end(outcome)

@@ -16,12 +16,12 @@ def kvm_is_there():
 
 @pytest.fixture
 def machine_of():
-    """Return a maker of machines from real-mode code, closed when the test ends."""
+    """Return a maker of machines from real-mode code or a kernel's name, closed when the test ends."""
     machines = []
 
     def make(code, **settings):
         settings = {"flat": 16, "ram_mib": 2, "debug_exit": "raw"} | settings
-        machine = Machine(MachineConfig(bytes(code), **settings))
+        machine = Machine(MachineConfig(code if isinstance(code, str) else bytes(code), **settings))
         machines.append(machine)
         return machine
 
