@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import time
+from functools import partial
 
 import pytest
 from guest_code import EXIT_WITH
@@ -273,6 +274,31 @@ def test_the_console_takes_input(machine_of):
     machine.console.write("hello, world\nq")
     assert machine.wait(timeout=60).status == 0
     assert machine.console.output == b"hello, world\nq"
+
+
+def test_each_vcpus_thread_says_who_it_is_before_it_runs(machine_of):
+    machine = machine_of(EXIT_WITH[0], cpus=2)
+    seen = {}
+
+    def note(index, tid):
+        seen[index] = (tid, threading.get_native_id(), machine.vcpus[index].handle.exit_counts)
+
+    for vcpu in machine.vcpus:
+        vcpu.on_thread = partial(note, vcpu.index)
+    machine.run(timeout=20)
+    assert seen.keys() == {0, 1}
+    assert all(tid == its_own != threading.get_native_id() and not exits for tid, its_own, exits in seen.values())
+
+
+def test_a_vcpus_thread_that_cannot_begin_ends_the_machine_loudly(machine_of):
+    def fail(_tid):
+        raise RuntimeError("no place for it")
+
+    machine = machine_of(EXIT_WITH[0])
+    machine.vcpus[0].on_thread = fail
+    with pytest.raises(RuntimeError, match="no place for it"):
+        machine.run(timeout=20)
+    assert machine.vcpus[0].handle.exit_counts == {}
 
 
 def test_reset_and_power_off(machine_of):
