@@ -326,8 +326,7 @@ class Machine:
         """Return where the time went up to now, as reports read it: all that `exits` has, and each vCPU's times."""
         from hypervisor.profile.live import profile_of  # noqa: PLC0415 - for those who look
 
-        facts = {"kernel": self.boot_plan.kind, "cpus": self.config.cpus, "ram_mib": self.config.ram_mib}
-        return profile_of(self._exits(), facts)
+        return profile_of(self._exits(), self._vm, self._facts())
 
     def mark(self, name: str) -> bool:
         """Give this moment a name, for `exits.between`; returns False when there are too many marks already."""
@@ -361,8 +360,20 @@ class Machine:
         """
         from hypervisor.profile.recording import Recording  # noqa: PLC0415 - for those who ask
 
-        facts = {"kernel": self.boot_plan.kind, "cpus": self.config.cpus, "ram_mib": self.config.ram_mib}
-        self._recording = Recording(path, vcpus=self.vcpus, loop=self.loop, facts=facts, every=every, trace=trace)
+        self._recording = Recording(
+            path,
+            vcpus=self.vcpus,
+            vm=self._vm,
+            memory=self.memory,
+            symbols=self._symbols,
+            loop=self.loop,
+            facts=self._facts(),
+            every=every,
+            trace=trace,
+        )
+
+    def _facts(self) -> dict[str, object]:
+        return {"kernel": self.boot_plan.kind, "cpus": self.config.cpus, "ram_mib": self.config.ram_mib}
 
     # --- ending -------------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,15 @@ import numpy as np
 from hypervisor.errors import ImageError
 from hypervisor.kvm.recorder import raw_rows
 from hypervisor.profile.exits import Exits, Mark
-from hypervisor.profile.fileformat import CHUNK, MAGIC, ROW_KEY, VERSION
+from hypervisor.profile.fileformat import CHUNK, MAGIC, ROW_KEY, VERSION, unpack_row
+from hypervisor.profile.halts import halted_ns
 from hypervisor.profile.live import row_of, times_of
 from hypervisor.profile.model import Profile
+from hypervisor.profile.names import GuestNames
 from hypervisor.profile.trace import RowKey, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from hypervisor.kvm.recorder import RawRow
     from hypervisor.profile.exits import ExitRow
@@ -176,9 +178,14 @@ class _Reader:
             ]
         return rows
 
-    def _namer(self) -> Any:
+    def _namer(self) -> Callable[[int, int], str]:
         """Return what gives a place its name, from RIP and CR3."""
-        return lambda rip, _cr3: f"{rip:#x}"
+        packed = dict(self._bytes("SYMS"))
+        names = GuestNames.from_bytes(packed[0]) if packed else GuestNames()
+        self._notes += names.notes
+        if not packed:
+            self._notes.append("places have no names: the run ended before the guest's symbols were looked for")
+        return names.name
 
     def _marks(self) -> list[Mark]:
         def load_rows(packed: Sequence[str]) -> list[ExitRow]:
@@ -195,7 +202,7 @@ class _Reader:
 
     def profile(self) -> Profile:
         """Return the profile."""
-        rows = self._rows()
+        exits = self._rows()
         trace = self._trace
         wall_ns = self._tail.get("wall_ns", 0)
         if not wall_ns and trace is not None:
@@ -204,13 +211,16 @@ class _Reader:
             self._notes.append(
                 f"{dropped} single exits are not in the trace: the disk did not keep up; counts are exact"
             )
+        self._notes += self._tail.get("notes", ())
         marks = self._marks()
+        kvm: dict[str, dict[str, int]] = next(reversed(self._json("KVMS")), {})
+        kernel = [unpack_row(row) for rows in self._json("KERN")[-1:] for row in rows]
         return Profile(
             info=self._head["info"] | ({"outcome": self._tail["outcome"]} if self._tail else {}),
             wall_ns=wall_ns,
-            vcpus=[times_of(vcpu, some) for vcpu, some in sorted(rows.items())],
-            exits=Exits([row for some in rows.values() for row in some], marks=marks),
-            kvm=next(reversed(self._json("KVMS")), {}),
+            vcpus=[times_of(vcpu, some, halted_ns(kvm.get(f"vcpu{vcpu}", {}))) for vcpu, some in sorted(exits.items())],
+            exits=Exits([row for some in (*exits.values(), kernel) for row in some], marks=marks),
+            kvm=kvm,
             marks=[(mark.name, mark.at_ns) for mark in marks],
             notes=self._notes,
             trace=None if trace is None else partial(trace.chunks, self._ns_per_tick),

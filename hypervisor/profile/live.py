@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hypervisor.kvm.recorder import ELSEWHERE, raw_rows
 from hypervisor.kvm.vcpu import MMIO_READ, MMIO_WRITE, PIO_IN, PIO_OUT, reason_names
 from hypervisor.profile.exits import ExitRow, Exits, Mark
+from hypervisor.profile.halts import halted_ns
 from hypervisor.profile.histogram import Histogram
 from hypervisor.profile.model import Profile, VcpuTimes
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from hypervisor.bus import Bus
     from hypervisor.clock import Clock
+    from hypervisor.kvm import Vm
     from hypervisor.kvm.recorder import RawRow
     from hypervisor.vcpu import Vcpu
 
@@ -146,6 +148,11 @@ class LiveExits:
         """How many vCPUs there are."""
         return len(self._vcpus)
 
+    def counters(self, vm: Vm) -> dict[str, dict[str, int]]:
+        """Return KVM's own counters, by "vm", "vcpu0" and so on; without those that this kernel does not have."""
+        found = {"vm": vm.stats()} | {f"vcpu{vcpu.index}": vcpu.stats() for vcpu in self._vcpus}
+        return {name: values for name, values in found.items() if values}
+
     @property
     def marks(self) -> list[tuple[str, int]]:
         """Name and nanoseconds since the start of every mark."""
@@ -175,14 +182,18 @@ def times_of(vcpu: int, rows: Sequence[ExitRow], halted_ns: int | None = None) -
     )
 
 
-def profile_of(live: LiveExits, facts: Mapping[str, Any]) -> Profile:
+def profile_of(live: LiveExits, vm: Vm, facts: Mapping[str, Any]) -> Profile:
     """Return a running machine's profile up to now; `facts` are for `Profile.info`."""
     exits = live.exits()
+    kvm = live.counters(vm)
     return Profile(
         info=facts,
         wall_ns=live.clock.now_ns(),
-        vcpus=[times_of(vcpu, exits.vcpu(vcpu).rows) for vcpu in range(live.vcpus)],
+        vcpus=[
+            times_of(vcpu, exits.vcpu(vcpu).rows, halted_ns(kvm.get(f"vcpu{vcpu}", {}))) for vcpu in range(live.vcpus)
+        ],
         exits=exits,
+        kvm=kvm,
         marks=live.marks,
     )
 

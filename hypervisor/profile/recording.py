@@ -8,16 +8,21 @@ import os
 import time
 import zlib
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hypervisor import __version__
 from hypervisor.kvm.recorder import TraceFile
-from hypervisor.profile.fileformat import MAGIC, VERSION
+from hypervisor.profile.fileformat import MAGIC, VERSION, pack_row
+from hypervisor.profile.kernelexits import KernelExits
+from hypervisor.profile.names import GuestNames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from hypervisor.eventloop import EventLoop
+    from hypervisor.kvm import Vm
+    from hypervisor.memory import GuestMemory
     from hypervisor.profile.live import LiveExits
     from hypervisor.vcpu import Vcpu
 
@@ -39,6 +44,9 @@ class Recording:
         path: str,
         *,
         vcpus: Sequence[Vcpu],
+        vm: Vm,
+        memory: GuestMemory,
+        symbols: str | None,
         loop: EventLoop,
         facts: Mapping[str, Any],
         every: int,
@@ -49,6 +57,9 @@ class Recording:
         Args:
             path: of the file.
             vcpus: none of them runs yet.
+            vm: the machine's.
+            memory: the guest's RAM, in which its kernel's own symbols and processes are looked for at the end.
+            symbols: a file of symbols, or None.
             loop: whose thread does the work that returns now and then.
             facts: for `Profile.info`.
             every: sample RIP and CR3 at one exit in so many; 0: at none.
@@ -59,13 +70,15 @@ class Recording:
         """
         self.path = path
         self._vcpus = vcpus
+        self._vm = vm
+        self._memory = memory
+        self._symbols = symbols
+        self._kernel, self._notes = _kernel_exits(vcpus)
         self._facts = dict(facts)
         self._every = every if trace else 0
         self._trace = trace
         self._file = TraceFile(path, MAGIC)
         self._named: set[tuple[int, int]] = set()
-        self.extra: list[tuple[str, Callable[[], bytes | None]]] = []
-        """Chunks for the end of the run: their kind, and what makes them (None: there is nothing to tell)."""
         self._rest = 1
         self._alarm = loop.alarm(self._on_alarm)
 
@@ -125,15 +138,16 @@ class Recording:
         wall_ns = self._exits.clock.now_ns()
         dropped = self._file.stop()
         self.checkpoint()
-        for kind, make in self.extra:
-            data = make()
-            if data is not None:
-                self._file.write(kind, data)
+        self._write("KVMS", self._exits.counters(self._vm))
+        if self._kernel is not None:
+            self._write("KERN", [pack_row(row) for row in self._kernel.read()])
+        if self._every:
+            self._file.write("SYMS", self._names().to_bytes())
         tail = {
             "wall_ns": wall_ns,
             "tick": self._exits.clock.start_tick + round(wall_ns / self._exits.clock.ns_per_tick),
         }
-        self._write("TAIL", tail | {"outcome": outcome, "dropped": dropped})
+        self._write("TAIL", tail | {"outcome": outcome, "dropped": dropped, "notes": self._notes})
         error = self._file.error
         self.close()
         if error:
@@ -142,6 +156,30 @@ class Recording:
             return f"the profile {self.path} lacks {sum(dropped)} single exits: its disk was slow (counts are exact)"
         return ""
 
+    def _names(self) -> GuestNames:
+        """Look for names in the guest's memory and in the file that the user named."""
+        file = None
+        if self._symbols is not None:
+            try:
+                with open(self._symbols, "rb") as source:
+                    file = source.read()
+            except OSError as error:
+                self._notes.append(f"no names from {self._symbols}: {error.strerror}")
+        return GuestNames.of_guest(self._memory, file=file, file_name=self._symbols or "")
+
     def close(self) -> None:
         """Close the file; the vCPUs have ended."""
         self._file.close()
+        if self._kernel is not None:
+            self._kernel.close()
+            self._kernel = None
+
+
+def _kernel_exits(vcpus: Sequence[Vcpu]) -> tuple[KernelExits | None, list[str]]:
+    """Have KVM's own exits counted where the host allows it; return what counts them, and what is to be said of it."""
+    kernel, why_not = KernelExits.open(len(vcpus))
+    if kernel is None:
+        return None, [f"exits that KVM handled itself are not in it: {why_not}"]
+    for vcpu in vcpus:
+        vcpu.on_thread = partial(kernel.watch, vcpu.index)
+    return kernel, []
