@@ -366,6 +366,7 @@ class Machine:
             vm=self._vm,
             memory=self.memory,
             symbols=self._symbols,
+            is_linux=self.boot_plan.is_linux,
             loop=self.loop,
             facts=self._facts(),
             every=every,

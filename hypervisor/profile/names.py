@@ -61,10 +61,11 @@ class GuestNames:
         self._known: dict[int, str] = {}
 
     @classmethod
-    def of_guest(
+    def of_guest(  # noqa: PLR0913 - what may be known of a guest, each by its name
         cls,
         memory: GuestMemory,
         *,
+        is_linux: bool = True,
         cr3: int | None = None,
         file: bytes | None = None,
         file_name: str = "the symbols",
@@ -74,6 +75,7 @@ class GuestNames:
 
         Args:
             memory: the guest's RAM.
+            is_linux: whether to look for a Linux kernel's own tables, which takes a second for some GiB of RAM.
             cr3: any vCPU's CR3; None does for Linux.
             file: a System.map, an ELF with symbols, or None. One of another kernel than the one that runs is not used,
                 and `notes` say so.
@@ -81,10 +83,11 @@ class GuestNames:
             page_fault_handler: the address in gate 14 of the guest's IDT, which tells KASLR's offset for a file when
                 the guest has no tables of its own.
         """
-        found = kallsyms.find(memory)
+        found = kallsyms.find(memory) if is_linux else None
         kernel, notes = _kernel(memory, found, file, file_name, page_fault_handler)
         names = cls(kernel, notes=notes)
-        names.learn(memory, cr3)
+        if is_linux:
+            names.learn(memory, cr3)
         return names
 
     def learn(self, memory: GuestMemory, cr3: int | None = None) -> None:

@@ -47,6 +47,7 @@ class Recording:
         vm: Vm,
         memory: GuestMemory,
         symbols: str | None,
+        is_linux: bool,
         loop: EventLoop,
         facts: Mapping[str, Any],
         every: int,
@@ -60,6 +61,7 @@ class Recording:
             vm: the machine's.
             memory: the guest's RAM, in which its kernel's own symbols and processes are looked for at the end.
             symbols: a file of symbols, or None.
+            is_linux: whether the guest is a Linux kernel.
             loop: whose thread does the work that returns now and then.
             facts: for `Profile.info`.
             every: sample RIP and CR3 at one exit in so many; 0: at none.
@@ -73,6 +75,7 @@ class Recording:
         self._vm = vm
         self._memory = memory
         self._symbols = symbols
+        self._is_linux = is_linux
         self._kernel, self._notes = _kernel_exits(vcpus)
         self._facts = dict(facts)
         self._every = every if trace else 0
@@ -165,7 +168,9 @@ class Recording:
                     file = source.read()
             except OSError as error:
                 self._notes.append(f"no names from {self._symbols}: {error.strerror}")
-        return GuestNames.of_guest(self._memory, file=file, file_name=self._symbols or "")
+        return GuestNames.of_guest(
+            self._memory, is_linux=self._is_linux, file=file, file_name=self._symbols or "the symbols"
+        )
 
     def close(self) -> None:
         """Close the file; the vCPUs have ended."""
