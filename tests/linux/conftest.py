@@ -17,10 +17,11 @@ def boot():
     """Return a function that boots a kernel to its shell."""
     machines = []
 
-    def start(kernel="debian", **settings):
+    def start(kernel="debian", *, prepare=lambda machine: None, **settings):
         settings = {"append": QUIET, "decompress": "host"} | settings
         machine = Machine(MachineConfig(kernel, **settings))
         machines.append(machine)
+        prepare(machine)
         machine.start()
         return Shell(machine)
 
