@@ -112,6 +112,8 @@ def test_a_tiny_kernel_against_its_system_map(boot):
     assert {(address, name) for address, _, name in found.entries()} <= own
     names = GuestNames.of_guest(memory, file=kernel.system_map.read_bytes(), file_name="System.map")
     assert names.notes == ["names from System.map"]
+    idle = names.name(shell.machine.vcpus[0].registers["rip"])
+    assert re.fullmatch(r"[a-z_]\w+(\.\w+)*", idle), idle
     pid = int(shell.run(f"({LOOP}) & echo $!"))
     names.learn(memory)  # it has no type information
     listed = {process.pid: process.comm for process in names.processes.values()}
@@ -120,5 +122,3 @@ def test_a_tiny_kernel_against_its_system_map(boot):
     rip, cr3 = in_user_mode(shell.machine)
     assert names.name(rip, cr3) == f"[user] {listed[pid]}/{pid}"
     assert buildid.same_kernel(kernel.vmlinux.read_bytes(), memory, found) is True
-    name = names.name(shell.machine.vcpus[0].registers["rip"])
-    assert re.fullmatch(r"[a-z_]\w+(\.\w+)*", name), name
