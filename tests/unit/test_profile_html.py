@@ -68,20 +68,20 @@ def test_every_exit_is_in_the_timeline_and_in_the_heat_map():
 
 
 def test_bins_are_where_the_exits_were():
+    """3000 bins of devices and 400 of latencies; a power of two of latencies has six."""
     rows = sample().trace_rows
+    at, took = np.array([0.0, 299.0, 300.0, 5e9]), np.array([1.0, 64, 64, 1e12])
 
     def chunks():
-        yield TraceChunk(
-            0, np.array([0.0, 499.0, 500.0, 5e9]), np.array([1.0, 64, 64, 1e12]), np.zeros(4, int), np.zeros(4, int)
-        )
+        yield TraceChunk(0, at, took, np.zeros(4, int), np.zeros(4, int))
 
-    profile = Profile(info={}, wall_ns=1000, vcpus=[], exits=sample().exits, trace=chunks, trace_rows=rows)
+    profile = Profile(info={}, wall_ns=1200, vcpus=[], exits=sample().exits, trace=chunks, trace_rows=rows)
     trace = data_of(html.render(profile))["trace"]
-    assert {i: n for i, n in enumerate(trace["counts"][0]) if n} == {0: 1, 499: 1, 500: 1, 999: 1}
+    assert {i: n for i, n in enumerate(trace["counts"][0]) if n} == {0: 1, 747: 1, 750: 1, 2999: 1}
     steps, low, per = (trace[name] for name in ("heat_steps", "heat_low", "heat_per_power"))
     found = {divmod(cell, steps): count for cell, count in zip(trace["heat"][::2], trace["heat"][1::2], strict=True)}
     at_64 = (6 - low) * per
-    assert found == {(0, 0): 1, (124, at_64): 1, (125, at_64): 1, (249, steps - 1): 1}
+    assert found == {(0, 0): 1, (99, at_64): 1, (100, at_64): 1, (399, steps - 1): 1}
 
 
 def test_the_others_share_a_colour():
@@ -235,7 +235,7 @@ def test_sorting_by_click_and_by_key(show):
     page.keyboard.press("Shift+Tab")
     page.keyboard.press("Space")
     assert page.locator("th[aria-sort]").inner_text().strip(" ▾") == "Address"
-    assert column(page, "Address")[0] == "0xe0000014"
+    assert column(page, "Address")[0] == "0xe0000014/1"
 
 
 @browser_only
@@ -290,6 +290,11 @@ def test_the_timeline_tells_zooms_and_hides(show, pictures):
     shown = page.locator("#timeline path").count()
     page.get_by_role("button", name="uart0", exact=True).and_(page.locator("#legend button")).click()
     assert page.locator("#timeline path").count() == shown - 1
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 900, box["y"] + 110, steps=2)
+    assert "pci" in tip(page)
+    assert "uart0" not in tip(page)
 
 
 @browser_only

@@ -61,6 +61,22 @@ def test_counts_are_exact_to_six_digits(value, shown):
     assert units.count(value) == shown
 
 
+@pytest.mark.parametrize(
+    ("number", "ns", "shown"),
+    [
+        (0, 0, "0"),
+        (5, 0, "0"),
+        (0, 1e9, "0"),
+        (981, 1e7, "98100"),
+        (30, 301e9, "0.1"),
+        (1, 1e12, "<0.01"),
+        (99.6, 1e9, "100"),
+    ],
+)
+def test_rates_below_a_hundred_have_two_digits(number, ns, shown):
+    assert units.rate(number, ns) == shown
+
+
 def test_a_line_has_count_rate_share_percentiles_and_total():
     times = [1000] * 98 + [3000, 50_000]
     report = text.render(profile_of(row(times=times)))

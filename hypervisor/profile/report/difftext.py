@@ -101,7 +101,7 @@ def _style(change: Change) -> str:
 
 def _cells(figures: Figures) -> str:
     exits, rate, p50, p99, total = figures
-    cells = (units.count(round(exits, 1)), units.count(round(rate)), *map(units.time, (p50, p99, total)))
+    cells = (units.count(round(exits, 1)), units.rate(rate, 1e9), *map(units.time, (p50, p99, total)))
     return " ".join(f"{cell:>9}" for cell in cells)
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BINS", "render"]
 
-BINS: Final = 1000
+BINS: Final = 3000
 """Points of time that the timeline tells apart."""
-HEAT_BINS: Final = 250
+HEAT_BINS: Final = 400
 HEAT_STEPS: Final = 6
 """Latencies that the heat map tells apart in each power of two."""
 HEAT_LOW, HEAT_HIGH = 5, 34

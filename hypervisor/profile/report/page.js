@@ -53,7 +53,12 @@ function percent(part, whole) {
   return share >= 0.1 ? `${share.toFixed(1)}%` : "<0.1%";
 }
 
-const rate = (count, ns) => (ns ? Math.round((count * 1e9) / ns) : 0);
+/** How many a second. */
+function rate(count, ns) {
+  const value = ns ? (count * 1e9) / ns : 0;
+  if (value >= 99.5 || !value) return number(Math.round(value));
+  return value >= 0.01 ? String(Number(value.toPrecision(2))) : "<0.01";
+}
 
 /** Round numbers between two ends, about `wanted` of them. */
 function ticks(low, high, wanted) {
@@ -109,7 +114,7 @@ function showSums() {
   const tiles = [
     [time(data.wall), "wall time"],
     [number(exits), "exits to hv"],
-    [number(rate(exits, data.wall)), "exits a second"],
+    [rate(exits, data.wall), "exits a second"],
     [percent(handled, all), "of the vCPUs' time in hv"],
     [exits ? time(handled / exits) : "-", "in hv for each exit"],
   ];

@@ -3,13 +3,15 @@
 const all = data.wall * Math.max(data.vcpus.length, 1);
 const topPlace = (row) => data.symbols[row.symbols[0][0]];
 const allPlaces = (row) => row.symbols.map(([symbol, count]) => `${percent(count, row.samples)} ${data.symbols[symbol]}`);
+/** Where, and how many bytes: 0xcfc/4. */
+const address = (row) => [row.address, row.address && row.size].filter(Boolean).join("/");
 const COLUMNS = [
   { title: "Exit", text: true, places: true, value: (row) => row.name },
   { title: "Layer", text: true, value: (row) => row.layer },
   { title: "vCPU", value: (row) => row.vcpu ?? -1, show: (row) => (row.vcpu === null ? "all" : String(row.vcpu)) },
-  { title: "Address", value: (row) => (row.address === null ? -1 : Number(row.address)), show: (row) => row.address ?? "" },
+  { title: "Address", value: (row) => (row.address === null ? -1 : Number(row.address)), show: address },
   { title: "Exits", value: (row) => row.count, show: (row) => number(row.count) },
-  { title: "Exits/s", value: (row) => row.count, show: (row) => number(rate(row.count, data.wall)) },
+  { title: "Exits/s", value: (row) => row.count, show: (row) => rate(row.count, data.wall) },
   { title: "Share", value: (row) => row.total, show: (row) => percent(row.total, all) },
   { title: "p50", value: (row) => row.p50, show: (row) => time(row.p50) },
   { title: "p90", value: (row) => row.p90, show: (row) => time(row.p90) },

@@ -89,7 +89,7 @@ def _summary(profile: Profile, *, blocks: bool) -> Iterator[RenderableType]:
     ram = f", {profile.info['ram_mib']} MiB" if "ram_mib" in profile.info else ""
     yield Text(
         f"{units.time(profile.wall_ns)} wall, {_of(len(profile.vcpus), 'vCPU')}{units.plain(ram)}, "
-        f"{units.count(exits)} exits to hv, {_rate(exits, profile.wall_ns)} exits/s"
+        f"{units.count(exits)} exits to hv, {units.rate(exits, profile.wall_ns)} exits/s"
     )
     yield Text()
     yield _vcpu_times(profile, blocks=blocks)
@@ -114,10 +114,6 @@ def _title(profile: Profile) -> str:
 
 def _of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _rate(exits: float, wall_ns: float) -> str:
-    return units.count(round(exits * 1e9 / wall_ns)) if wall_ns else "0"
 
 
 def _grid(*right: bool) -> Table:
@@ -150,7 +146,7 @@ def _vcpu_times(profile: Profile, *, blocks: bool) -> Table:
             units.percent(vcpu.guest_ns, whole),
             units.percent(vcpu.handler_ns, whole),
             "unknown" if vcpu.halted_ns is None else units.percent(vcpu.halted_ns, whole),
-            _rate(vcpu.exits, profile.wall_ns),
+            units.rate(vcpu.exits, profile.wall_ns),
         )
     return grid
 
@@ -213,7 +209,7 @@ def _figures(line: Group, wall_ns: float, available_ns: float) -> list[str]:
     handler = line.handler
     times = (handler.p50, handler.p90, handler.p99, handler.max, handler.total)
     share = units.percent(handler.total, available_ns)
-    return [units.count(line.exits), _rate(line.exits, wall_ns), share, *map(units.time, times)]
+    return [units.count(line.exits), units.rate(line.exits, wall_ns), share, *map(units.time, times)]
 
 
 def _counters(profile: Profile, width: int) -> Table:

@@ -104,7 +104,7 @@ function tellColumn(ns, x, y) {
   const near = data.marks.filter(([, at]) => at >= from * per && at < to * per).map(([name]) => [null, `mark: ${name}`, ""]);
   tell(x, y, `${time(from * per)} to ${time(to * per)}`, [
     ...lines.map(([colour, name, count]) => [colour, name, number(count)]),
-    [null, "exits", `${number(sum)}, ${number(rate(sum, (to - from) * per))}/s`], ...near]);
+    [null, "exits", `${number(sum)}, ${rate(sum, (to - from) * per)}/s`], ...near]);
 }
 
 /** Let a pointer hover over and drag across an element whose width shows the span. */

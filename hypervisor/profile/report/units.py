@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["count", "percent", "plain", "time"]
+__all__ = ["count", "percent", "plain", "rate", "time"]
 
 _TIMES: Final = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
 _COUNTS: Final = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -43,6 +43,14 @@ def count(value: float) -> str:
         if size >= scale * 0.9995:
             return f"{sign}{_three_digits(size / scale)}{unit}"
     return f"{sign}{_three_digits(size)}"
+
+
+def rate(number: float, ns: float) -> str:
+    """Return how many a second `number` in `ns` nanoseconds are."""
+    value = number * 1e9 / ns if ns else 0.0
+    if value >= 99.5 or not value:
+        return count(round(value))
+    return f"{value:.2g}" if value >= 0.01 else "<0.01"
 
 
 def percent(part: float, whole: float) -> str:
