@@ -36,6 +36,8 @@ def test_the_wheel_holds_packages_binding_and_guests(wheel):
     for source in (ROOT / "guest-kernels").iterdir():
         if source.is_file():
             assert f"hypervisor/guest_kernels/{source.name}" in names
+    for part in ("page.html", "page.css", "page.js", "timeline.js", "heat.js", "flame.js", "table.js"):
+        assert f"hypervisor/profile/report/{part}" in names
     for module in [*(ROOT / "hypervisor").rglob("*.py"), *(ROOT / "devices").rglob("*.py")]:
         assert module.relative_to(ROOT).as_posix() in names
 

@@ -204,12 +204,18 @@ def test_running_a_guest_does_not_pay_for_it():
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_output_is_what_the_locale_can_hold(encoding):
-    script = (
-        f"import sys, types; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}; from profiles import sample; "
-        "module = types.ModuleType('hypervisor.profile.file'); module.load = lambda path: sample(); "
-        "sys.modules['hypervisor.profile.file'] = module; from hypervisor.cli import main; "
-        "sys.exit(main(['profile', 'report', 'x']))"
-    )
+    script = f"""
+import sys, types
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+from profiles import sample
+profile = sample()
+profile.info["kernel"] = chr(0x2603)
+module = types.ModuleType("hypervisor.profile.file")
+module.load = lambda path: profile
+sys.modules["hypervisor.profile.file"] = module
+from hypervisor.cli import main
+sys.exit(main(["profile", "report", "x"]) or main(["profile", "diff", "x", "x"]))
+"""
     env = os.environ | {"PYTHONIOENCODING": encoding}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, env=env, check=False)
     assert (result.returncode, result.stderr) == (0, b"")

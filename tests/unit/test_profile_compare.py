@@ -133,6 +133,15 @@ def test_growth_is_told_from_chance():
     assert not faster.grown(5, floor=1)
 
 
+def test_growth_that_may_be_chance_does_not_count():
+    before = [profile_of(a=[100]), profile_of(a=[100]), profile_of(a=[300])]
+    after = [profile_of(a=[100]), profile_of(a=[110]), profile_of(a=[900])]
+    found = compare(before, after)
+    assert change(found, "device", "a").delta > 0
+    assert not found.grown(10)
+    assert found.grown(10, alpha=0.5)
+
+
 def test_single_runs_have_no_p_and_everything_counts():
     found = compare([profile_of(a=[100], b=[100])], [profile_of(a=[112], b=[100])])
     assert found.least_p is None

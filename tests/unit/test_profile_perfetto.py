@@ -172,6 +172,12 @@ def test_times_that_go_back_or_overlap_still_nest():
     assert [entry[0] for entry in slices[::2]] == [1000, 1100, 1100, 10**15, 10**15 + 1]
 
 
+def test_an_exit_that_outlasts_its_chunk_still_nests():
+    """The chunk's last exit takes 400 ns; the next one of its vCPU, in a later chunk, is said to begin before that."""
+    slices = Read(traced(3, chunk=1, at=[1000.0, 0.0, 1100.0])).slices("vCPU 0")
+    assert [entry[:2] for entry in slices[::2]] == [(1000, 1400), (1400, 1800)]
+
+
 def test_memory_does_not_grow_with_the_trace():
     class Sink(io.RawIOBase):
         size = 0
