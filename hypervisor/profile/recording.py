@@ -76,11 +76,11 @@ class Recording:
         self._memory = memory
         self._symbols = symbols
         self._is_linux = is_linux
-        self._kernel, self._notes = _kernel_exits(vcpus)
         self._facts = dict(facts)
         self._every = every if trace else 0
         self._trace = trace
         self._file = TraceFile(path, MAGIC)
+        self._kernel, self._notes = _kernel_exits(vcpus)  # after what may fail
         self._named: set[tuple[int, int]] = set()
         self._rest = 1
         self._alarm = loop.alarm(self._on_alarm)

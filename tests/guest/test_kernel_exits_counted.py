@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 from guest_code import loads, outs
 
+from hypervisor.errors import HostError
 from hypervisor.host import Kind, quick_kind
 from hypervisor.profile import bpf
 from hypervisor.profile.exits import Exits
@@ -95,6 +96,12 @@ def test_why_there_are_none_on_a_software_kvm():
             "it needs root",
             f"tracefs is not mounted (mount -t tracefs tracefs {TRACEFS})",
         }
+
+
+def test_a_profile_that_cannot_be_written_leaves_no_programs(machine_of, monkeypatch):
+    monkeypatch.setattr(KernelExits, "open", lambda _vcpus: pytest.fail("opened, and nobody would close it"))
+    with pytest.raises(HostError):
+        machine_of(outs(1)).record("/no/such/folder/run.hvprof")
 
 
 def test_what_kvm_answers_alone_is_seen(watched):
