@@ -16,7 +16,6 @@ from hypervisor.errors import ImageError
 from hypervisor.kvm.recorder import raw_rows
 from hypervisor.profile.exits import Exits, Mark
 from hypervisor.profile.fileformat import CHUNK, MAGIC, ROW_KEY, VERSION, unpack_row
-from hypervisor.profile.halts import halted_ns
 from hypervisor.profile.live import row_of, times_of
 from hypervisor.profile.model import Profile
 from hypervisor.profile.names import GuestNames
@@ -218,7 +217,7 @@ class _Reader:
         return Profile(
             info=self._head["info"] | ({"outcome": self._tail["outcome"]} if self._tail else {}),
             wall_ns=wall_ns,
-            vcpus=[times_of(vcpu, some, halted_ns(kvm.get(f"vcpu{vcpu}", {}))) for vcpu, some in sorted(exits.items())],
+            vcpus=[times_of(vcpu, some, kvm.get(f"vcpu{vcpu}", {})) for vcpu, some in sorted(exits.items())],
             exits=Exits([row for some in (*exits.values(), kernel) for row in some], marks=marks),
             kvm=kvm,
             marks=[(mark.name, mark.at_ns) for mark in marks],

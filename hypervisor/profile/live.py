@@ -170,14 +170,16 @@ class LiveExits:
         return True
 
 
-def times_of(vcpu: int, rows: Sequence[ExitRow], halted_ns: int | None = None) -> VcpuTimes:
-    """Return where a vCPU's time went, from its rows and what KVM says of its halts."""
+def times_of(vcpu: int, rows: Sequence[ExitRow], stats: Mapping[str, int]) -> VcpuTimes:
+    """Return where a vCPU's time went, from its rows and KVM's own counters of it ({} where there are none)."""
     some = Exits(rows)
+    run_ns = round(some.guest.total)
+    halted = halted_ns(stats, run_ns)
     return VcpuTimes(
         index=vcpu,
         exits=some.count,
-        guest_ns=max(round(some.guest.total) - (halted_ns or 0), 0),
-        halted_ns=halted_ns,
+        guest_ns=max(run_ns - (halted or 0), 0),
+        halted_ns=halted,
         handler_ns=round(some.latency.total),
     )
 
@@ -189,9 +191,7 @@ def profile_of(live: LiveExits, vm: Vm, facts: Mapping[str, Any]) -> Profile:
     return Profile(
         info=facts,
         wall_ns=live.clock.now_ns(),
-        vcpus=[
-            times_of(vcpu, exits.vcpu(vcpu).rows, halted_ns(kvm.get(f"vcpu{vcpu}", {}))) for vcpu in range(live.vcpus)
-        ],
+        vcpus=[times_of(vcpu, exits.vcpu(vcpu).rows, kvm.get(f"vcpu{vcpu}", {})) for vcpu in range(live.vcpus)],
         exits=exits,
         kvm=kvm,
         marks=live.marks,

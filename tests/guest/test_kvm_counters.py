@@ -91,3 +91,15 @@ def test_a_closed_vcpu_has_no_counters(machine_of):
     machine.close()
     assert machine.vcpus[0].handle.stats() == {}
     assert machine._vm.stats() == {}
+
+
+def test_a_cpu_that_nobody_starts_ran_no_guest(machine_of):
+    """Its thread sits in KVM_RUN all the time; that is no guest's."""
+    machine = machine_of(SPIN, cpus=2)
+    machine.start()
+    time.sleep(0.2)
+    machine.kill()
+    boot, other = machine.profile().vcpus
+    assert (other.guest_ns, other.halted_ns > 100_000_000) == (0, True)
+    assert boot.guest_ns > 100_000_000
+    assert boot.halted_ns == 0

@@ -141,3 +141,10 @@ def test_halted_time_is_sleeping_and_polling():
     assert halted_ns({"halt_wait_ns": 100}) == 100
     assert halted_ns({}) is None
     assert halted_ns({"halt_poll_fail_ns": 3}) is None
+
+
+def test_a_vcpu_that_was_never_started_has_only_waited():
+    """An AP without its SIPI sits in KVM_RUN, and KVM counts neither an exit nor a halt."""
+    assert halted_ns({"exits": 0, "halt_wait_ns": 0}, 700) == 700
+    assert halted_ns({"exits": 1, "halt_wait_ns": 0}, 700) == 0
+    assert halted_ns({"exits": 0}, 700) is None
