@@ -61,7 +61,8 @@ def plan_boot(config: MachineConfig) -> tuple[BootPlan, str | None]:
                 name = str(found.image)
                 append = found.command_line if append is None else append
                 flat = flat or found.flat
-                source = found.system_map or found.vmlinux
+                # a distribution's kernel has no symbols in its ELF file
+                source = found.system_map or (None if found.is_linux else found.vmlinux)
                 symbols = symbols or (str(source) if source else None)
                 if initrd is None and found.is_linux:
                     initrd = str(kernels.default_initramfs(found.name))

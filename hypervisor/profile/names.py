@@ -192,7 +192,7 @@ def _kernel(
     try:
         symbols = Symbols.parse(file, name=file_name)
     except ImageError as error:
-        return found, own if found else [f"no names from a file: {error}"]
+        return found, [f"no names from a file: {error}", *own]
     if found is None:
         moved = None if page_fault_handler is None else symbols.kaslr_offset(page_fault_handler)
         symbols.offset = moved or 0
