@@ -104,3 +104,43 @@ def test_a_root_disk_and_its_features(boot, images):
     assert shell.run("dd if=/dev/vdb bs=1M skip=1 count=4 2>/dev/null | tr -d '\\0' | wc -c") == "0"
     assert shell.run("cat /sys/block/vdc/ro") == "1"
     assert power_off(shell).reason is Stop.POWER_OFF
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of the host with room for 6 MiB."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2", "overlay"])
+def test_a_full_file_system_of_the_host(boot, small, images, kind):
+    """Writes that find no room are errors for the guest, which lives; what was acknowledged stays."""
+    disk = small / "disk"
+    if kind == "raw":
+        with open(disk, "wb") as file:
+            file.truncate(SIZE)
+        described = str(disk)
+    elif kind == "qcow2":
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, str(SIZE)], check=True)
+        described = str(disk)
+    else:
+        described = f"{images}/base.img,overlay={disk}"
+    shell = rooted(boot, described)
+    write = (
+        "dd if=/dev/urandom of=/tmp/data bs=1M count={0} 2>/dev/null; dd if=/tmp/data of=/dev/vdb bs=64k oflag=direct"
+    )
+    assert shell.run(f"{write.format(2)} conv=fsync 2>/dev/null && echo written") == "written"
+    kept = shell.run("sha256sum /tmp/data").split()[0]
+    said = shell.run(f"{write.format(16)} seek=64 2>&1", timeout=120)
+    assert "Input/output error" in said or "I/O error" in said, said
+    assert shell.run("echo alive") == "alive"
+    assert shell.run("dd if=/dev/vdb bs=64k count=32 iflag=direct 2>/dev/null | sha256sum").split()[0] == kept
+    assert power_off(shell).reason is Stop.POWER_OFF
+    with contextlib.closing(open_image(str(disk), readonly=True, form=None if kind == "raw" else "qcow2")) as image:
+        data = bytearray(2 * MIB)
+        image.readv(0, [memoryview(data)])
+    assert hashlib.sha256(data).hexdigest() == kept
+    if kind != "raw":
+        subprocess.run(["qemu-img", "check", "-q", disk], check=True)
