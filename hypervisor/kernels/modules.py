@@ -93,7 +93,7 @@ def _section(elf: bytes, wanted: bytes) -> bytes:
         size, count, names_index = unpack_from("<HHH", elf, 0x3A)
         headers = [unpack_from("<IIQQQQ", elf, table + index * size) for index in range(count)]
         names = headers[names_index][4]
-    except (StructError, IndexError) as error:
+    except (StructError, IndexError, OverflowError) as error:  # an offset may have 64 bits
         raise ValueError("its section headers are cut off") from error
     for name, _, _, _, offset, length in headers:
         if elf[names + name : names + name + len(wanted) + 1] == wanted + b"\0":
