@@ -29,7 +29,8 @@ examples:
 """
 REPORT_DESCRIPTION: Final = """\
 Report on a profile. Every figure says who counted it: hv itself (user layer) or the host's KVM (kernel layer). Share is
-handler time as a part of all vCPUs' time; p50, p90, p99 and max are of the time from an exit to the next entry.
+handler time as a part of all vCPUs' time; p50, p90, p99 and max are of the time from an exit to the next entry. The
+layers are not to be added up: KVM counts the exits that it passes on to hv, too, and in its times a halted vCPU sleeps.
 
 formats:
   text        tables for people (default)
@@ -51,7 +52,7 @@ the handler times, by reason, device, register and guest symbol.
 
 One run each shows a difference, but not whether it is more than chance. With more runs each line has a p from a
 permutation test: how likely such a difference would be if nothing had changed. 3 and 3 runs can show a growth
-(p 0.05), 4 and 4 any difference (p 0.03)."""
+(p 0.05), 4 and 4 any difference (p 0.03). Of what KVM counted --fail-over takes exits only, not times."""
 DIFF_EPILOG: Final = """\
 examples:
   hv profile diff before.hvprof after.hvprof
@@ -62,6 +63,7 @@ exit status: 0; 1 if something grew by more than --fail-over; 2 bad usage or a f
 """
 FORMATS: Final = ("text", "json", "html", "folded", "perfetto", "prometheus")
 WEIGHTS: Final = ("ns", "count")
+LAYERS: Final = ("user", "kernel")
 GREW: Final = 1
 TOP, DIFF_TOP, FLOOR, ALPHA = 10, 5, 1.0, 0.05
 WIDTH: Final = 100
@@ -83,6 +85,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="FILE", help="write there and not to standard output; it appears when it is whole")
     add("--top", type=int, metavar="N", default=TOP, help=f"lines of a table of text (default {TOP})")
     add("--weight", metavar="WHAT", default="ns", help="of folded stacks: ns (handler time, default) or count (exits)")
+    add(
+        "--layer",
+        metavar="WHOSE",
+        default="user",
+        help="of folded stacks: user (hv's exits, default) or kernel (KVM's)",
+    )
     add = action("diff", "tell what changed between profiles", DIFF_DESCRIPTION, DIFF_EPILOG)
     add("files", nargs="*", metavar="FILE", help="the profile before, and the one after")
     add("--before", nargs="+", metavar="FILE", help="profiles of several runs before")
@@ -100,7 +108,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="PERCENT",
         default=FLOOR,
-        help=f"--fail-over passes over what takes less of all handler time (default {FLOOR:g})",
+        help=f"--fail-over passes over what takes less of all handler time, in KVM of all exits (default {FLOOR:g})",
     )
     add("--alpha", type=float, metavar="P", default=ALPHA, help=f"--fail-over's largest p (default {ALPHA:g})")
 
@@ -129,6 +137,7 @@ def _report(options: argparse.Namespace) -> int:
 
     _one_of("--format", options.format, FORMATS)
     _one_of("--weight", options.weight, WEIGHTS)
+    _one_of("--layer", options.layer, LAYERS)
     if options.format == "perfetto" and options.output is None and sys.stdout.isatty():
         from hypervisor.errors import ConfigError
 
@@ -156,7 +165,7 @@ def _write(profile: Profile, options: argparse.Namespace, file: BinaryIO, termin
     if options.format == "text":
         arguments = {"top": options.top, **_style(terminal), "blocks": _has_blocks(terminal)}
     elif options.format == "folded":
-        arguments = {"weight": options.weight}
+        arguments = {"weight": options.weight, "layer": options.layer}
     file.write(_encoded(module.render(profile, **arguments), terminal if options.format == "text" else None))
 
 
@@ -267,7 +276,8 @@ def _verdict(options: argparse.Namespace, comparison: Comparison) -> int:
 
     grown = comparison.grown(options.fail_over, floor=options.floor, alpha=options.alpha)
     for change in grown:
-        pairs = {name: (getattr(change.before, name), getattr(change.after, name)) for name in ("total", "exits")}
+        names = ("total", "exits") if change.layer == "user" else ("exits",)
+        pairs = {name: (getattr(change.before, name), getattr(change.after, name)) for name in names}
         name, pair = max(pairs.items(), key=lambda item: relative(*item[1]))
         what, p = ("handler time", change.p_more_total) if name == "total" else ("exits", change.p_more_exits)
         chance = "" if p is None else f", p {p:.2g}"

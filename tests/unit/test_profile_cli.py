@@ -64,7 +64,7 @@ def refused(result, *words):
         ("text", "Profile of debian"),
         ("json", '{\n  "version": 1'),
         ("html", "<!doctype html>"),
-        ("folded", "kernel;npf 1400000"),
+        ("folded", "vcpu0;hlt;"),
         ("prometheus", "# HELP hv_exits_total"),
         ("perfetto", "\n"),
     ],
@@ -82,7 +82,9 @@ def test_every_format_on_standard_output_and_in_a_file(hv, tmp_path, form, start
 def test_options_of_formats(hv):
     assert b"and 3 lines more" in hv("report", "one", "--top", 1)[1]
     assert b"more; --top" not in hv("report", "one", "--top", 99)[1]
-    assert b"kernel;npf 700\n" in hv("report", "one", "--format", "folded", "--weight", "count")[1]
+    folded = ("report", "one", "--format", "folded", "--weight", "count")
+    assert b"vcpu0;io;open bus 0x2f9;autoconfig 3\n" in hv(*folded)[1]
+    assert hv(*folded, "--layer", "kernel")[1] == b"npf 700\n"
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def test_options_of_formats(hv):
         (["report", "nothing"], ["nothing is no profile", "hv run --profile"]),
         (["report", "one", "--format", "pdf"], ["--format pdf", "text, json, html"]),
         (["report", "one", "--format", "folded", "--weight", "bytes"], ["--weight bytes", "ns, count"]),
+        (["report", "one", "--format", "folded", "--layer", "kvm"], ["--layer kvm", "user, kernel"]),
         (["report", "one", "--top", "0"], ["--top 0"]),
         (["report", "one", "--output", "/nowhere/x"], ["cannot write /nowhere/x", "No such file"]),
         (["report", "one", "--output", "/"], ["cannot write /", "directory"]),

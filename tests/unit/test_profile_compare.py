@@ -155,6 +155,18 @@ def test_more_exits_are_growth_even_when_they_take_no_longer():
     assert "a" in {line.name for line in found.grown(10)}
 
 
+def test_of_what_kvm_counted_only_exits_count():
+    """A halted vCPU sleeps in KVM's handler: more sleep is no growth, more exits are."""
+
+    def halting(count, ticks):
+        times = Histogram.of([ticks] * count)
+        row = ExitRow("kernel", "hlt", None, None, None, None, None, 0, count, count, times, Histogram(), {})
+        return Profile(info={}, wall_ns=1000, vcpus=[], exits=Exits([row]))
+
+    assert not compare([halting(10, 100)], [halting(10, 10_000)]).grown(10, floor=1)
+    assert compare([halting(10, 100)], [halting(20, 10)]).grown(10, floor=1)
+
+
 def test_what_takes_next_to_nothing_does_not_count():
     found = compare([profile_of(a=[10_000], b=[10])], [profile_of(a=[10_000], b=[20])])
     assert {line.name for line in found.grown(10) if line.by == "device"} == {"b"}

@@ -1,7 +1,7 @@
 // vCPU, reason, device, register, place: each as wide as its handler time or its exits.
 
 const ROW = 26;
-const flame = { by: "ns", root: null, at: null, frames: [] };
+const flame = { by: "ns", layer: "user", root: null, at: null, frames: [] };
 
 function node(name, up) {
   return { name, up, value: 0, under: new Map(), colour: null, layer: up?.layer };
@@ -17,9 +17,9 @@ function grow() {
   const root = node("all", null);
   for (const row of data.rows) {
     const value = flame.by === "ns" ? row.total : row.count;
-    if (!value) continue;
+    if (!value || row.layer !== flame.layer) continue;
     const register = row.register ? [row.register, row.direction].filter(Boolean).join(" ") : null;
-    const names = [row.layer === "user" ? null : row.layer, row.vcpu === null ? null : `vCPU ${row.vcpu}`, row.reason, row.where, register];
+    const names = [row.vcpu === null ? null : `vCPU ${row.vcpu}`, row.reason, row.where, register];
     let at = root;
     at.value += value;
     for (const name of names.filter((each) => each !== null)) {
@@ -122,18 +122,22 @@ function zoom(at, focus) {
   drawFlame(focus);
 }
 
-function weigh(by) {
+/** Show another weight or layer: what is looked at stays, as far as it is there. The layers are never added up. */
+function weigh(by, layer) {
   const names = ancestors(flame.at).slice(1).map((at) => at.name);
-  flame.by = by;
+  [flame.by, flame.layer] = [by, layer];
   flame.at = flame.root = grow();
   for (const name of names) flame.at = flame.at.under.get(name) ?? flame.at;
   for (const each of ["ns", "count"]) byId(`by-${each}`).setAttribute("aria-pressed", String(each === by));
+  for (const each of ["user", "kernel"]) byId(`of-${each}`).setAttribute("aria-pressed", String(each === layer));
+  byId("kernel-hint").hidden = layer === "user";
   drawFlame();
 }
 
 flame.at = flame.root = grow();
-byId("by-ns").addEventListener("click", () => weigh("ns"));
-byId("by-count").addEventListener("click", () => weigh("count"));
+for (const by of ["ns", "count"]) byId(`by-${by}`).addEventListener("click", () => weigh(by, flame.layer));
+for (const layer of ["user", "kernel"]) byId(`of-${layer}`).addEventListener("click", () => weigh(flame.by, layer));
+byId("whose").hidden = !data.rows.some((row) => row.layer === "kernel");
 byId("flame-up").addEventListener("click", () => zoom(flame.root));
 byId("flame").addEventListener("click", (event) => {
   const frame = frameOf(event);

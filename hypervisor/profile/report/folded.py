@@ -18,18 +18,19 @@ __all__ = ["WEIGHTS", "render", "stacks"]
 WEIGHTS: Final = ("ns", "count")
 
 
-def render(profile: Profile, *, weight: str = "ns") -> str:
+def render(profile: Profile, *, weight: str = "ns", layer: str = USER) -> str:
     """Return lines `vcpu0;io;uart0;LSR;serial8250_console_putchar 1234`, sorted.
 
     Frames are parted by ';', the weight is the integer behind the last space. Where places were sampled, a row is
-    divided among them in proportion. What the host's KVM counted hangs from a frame "kernel".
+    divided among them in proportion.
 
     Args:
         profile: what to tell.
         weight: "ns" for handler time, "count" for exits.
+        layer: whose exits: "user" or "kernel". They are not to be added up: an exit to hv is one that KVM counted, too.
     """
     total: dict[str, int] = {}
-    for frames, value in stacks(profile.exits, weight=weight):
+    for frames, value in stacks(profile.exits.layer(layer), weight=weight):
         line = ";".join(map(_frame, frames))
         total[line] = total.get(line, 0) + value
     return "".join(f"{line} {value}\n" for line, value in sorted(total.items()) if value)
@@ -42,10 +43,7 @@ def _frame(name: str) -> str:
 def stacks(rows: Iterable[ExitRow], *, weight: str) -> Iterator[tuple[list[str], int]]:
     """Yield frames, outermost first, and their weight; the weights add up to those of the rows."""
     for row in rows:
-        frames = [] if row.layer == USER else [row.layer]
-        if row.vcpu is not None:
-            frames.append(f"vcpu{row.vcpu}")
-        frames.append(row.reason)
+        frames = [row.reason] if row.vcpu is None else [f"vcpu{row.vcpu}", row.reason]
         frames.extend(name for name in (where(row), row.register if row.device else None) if name)
         value = round(row.handler.total) if weight == "ns" else row.count
         samples = sum(row.symbols.values())

@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
     from hypervisor.profile.exits import ExitRow
 
-__all__ = ["BY", "KERNEL", "LAYERS", "USER", "Group", "by_symbol", "groups", "share_of", "where"]
+__all__ = ["BY", "KERNEL", "KERNEL_TIMES", "LAYERS", "USER", "Group", "by_symbol", "groups", "share_of", "where"]
 
 USER: Final = "user"
 KERNEL: Final = "kernel"
 LAYERS: Final = {USER: "user: counted by hv", KERNEL: "kernel: counted by KVM"}
+KERNEL_TIMES: Final = "KVM counts exits that it passes on to hv, too; a halted vCPU's sleep is in the times"
 _FINE: Final = 1 << 10
 """A part of a histogram's count is kept in this fraction of one."""
 

@@ -127,13 +127,13 @@ function spanOf(rows) {
 }
 
 function showTimes() {
-  const rows = data.total.slice(0, 20);
+  const rows = ["user", "kernel"].flatMap((layer) => data.total.filter((row) => row.layer === layer).slice(0, 20));
   const [low, high] = spanOf(rows);
   for (const row of rows) {
     const drawn = make("div", {}, bars(row.times, low, high, colourOf(row.what), 400, 30));
     drawn.addEventListener("pointermove", (event) => tellRow(row, event.clientX, event.clientY));
     drawn.addEventListener("pointerleave", untell);
-    byId("times").append(make("div", { class: "times-row" }, make("span", { title: row.name }, row.name), drawn));
+    byId("times").append(make("div", { class: "times-row" }, make("span", { title: row.name }, row.layer === "user" ? row.name : `${row.name} (KVM)`), drawn));
   }
   const scale = [0, 0.25, 0.5, 0.75, 1].map((part) => make("span", {}, time(2 ** ((low + part * (high - low)) / 4))));
   byId("times").append(make("div", { class: "times-row" }, make("span", {}), make("div", { class: "scale" }, ...scale)));

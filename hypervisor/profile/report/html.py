@@ -15,7 +15,7 @@ from math import log2
 from typing import TYPE_CHECKING, Any, Final
 
 from hypervisor.profile.histogram import bounds
-from hypervisor.profile.report.groups import USER, where
+from hypervisor.profile.report.groups import KERNEL_TIMES, USER, where
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +56,7 @@ def render(profile: Profile) -> str:
         "style-hash": _hash(style),
         "script-hash": _hash(script),
         "style": style,
+        "kernel-times": _text(KERNEL_TIMES),
         "data": embedded(_data(profile)),
         "script": script,
     }

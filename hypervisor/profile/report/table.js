@@ -88,6 +88,7 @@ function showFilters() {
   const options = (values) => values.map((value) => make("option", { value }, String(value)));
   byId("layer").append(...options([...new Set(data.rows.map((row) => row.layer))]));
   byId("vcpu").append(...options(data.vcpus.map((vcpu) => vcpu.index)));
+  if (data.rows.some((row) => row.layer === "user")) byId("layer").value = "user";
   for (const id of ["filter", "layer", "vcpu"]) {
     byId(id).addEventListener("input", () => {
       table.shown = AT_FIRST;

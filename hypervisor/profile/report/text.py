@@ -6,7 +6,7 @@ import io
 from typing import TYPE_CHECKING, Final
 
 from hypervisor.profile.report import units
-from hypervisor.profile.report.groups import KERNEL, LAYERS, USER, groups
+from hypervisor.profile.report.groups import KERNEL, KERNEL_TIMES, LAYERS, USER, groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,6 +72,8 @@ def print_report(console: Console, profile: Profile, *, top: int = 10, blocks: b
                 console.print()
                 console.print(f"Exits {title} ({LAYERS[layer]})", style="bold")
                 console.print(_table(profile, mine, top, console.width, blocks=blocks))
+                if layer == KERNEL:
+                    console.print(f"  {KERNEL_TIMES}", style="dim")
                 if by == "symbol":
                     samples = sum(line.samples for line in mine)
                     console.print(f"  estimated from {units.count(samples)} sampled exits", style="dim")
