@@ -38,7 +38,7 @@ struct hv_path {
     uint64_t sectors;
     struct hv_queue queue[2]; /* a disk's, or receive and transmit */
     uint64_t requests, bytes, drops;
-    uint64_t sent;        /* a disk's reads that went to io_uring */
+    uint64_t sent;        /* a disk's requests that went to io_uring */
     int32_t head;         /* when a disk's loop returns a queue's number: HV_NEXT or a head */
     uint32_t waits;       /* the disk's file cannot tell whether a read would wait */
     struct hv_disk *disk; /* what is on its way */

@@ -125,7 +125,7 @@ class DiskPath(_Path):
 
     @property
     def sent(self) -> int:
-        """Reads that could not be done at once, and were left to io_uring."""
+        """Requests that would have had to wait, or were large, and were left to io_uring."""
         count: int = self._c.sent
         return count
 

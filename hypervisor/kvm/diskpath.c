@@ -18,10 +18,11 @@ struct request {
 };
 
 /* Reads that the host's page cache answers at once are done on the spot, and so are writes, which go there. A read that has
- * to wait for the disk goes to io_uring, so that as many wait at once as the driver asks for; and so do large ones when there
- * are several, which the kernel's threads then copy on other processors. */
+ * to wait for the disk goes to io_uring, so that as many wait at once as the driver asks for; and so do large requests when
+ * there are several, which the kernel's threads then copy on other processors. */
 struct slot {
     uint16_t head;
+    int write;
     uint32_t size, count, next_free;
     uint64_t offset;
     uint8_t *status;
@@ -85,9 +86,9 @@ void hv_disk_close(struct hv_path *path)
     path->disk = NULL;
 }
 
-/* Send what is left of a read on its way. Returns 0, or -1 where that cannot be. */
-static int send(struct hv_path *path, const struct hv_chain *chain, const struct iovec *pieces, uint32_t count, uint64_t offset,
-                uint64_t size, int elsewhere)
+/* Send what is left of a request on its way. Returns 0, or -1 where that cannot be. */
+static int send(struct hv_path *path, const struct hv_chain *chain, int write, const struct iovec *pieces, uint32_t count,
+                uint64_t offset, uint64_t size, int elsewhere)
 {
     struct hv_disk *disk = disk_of(path);
     if (!disk || !disk->ring || count > SLOT_PIECES || disk->first_free == HV_URING_ENTRIES)
@@ -98,22 +99,21 @@ static int send(struct hv_path *path, const struct hv_chain *chain, const struct
     memcpy(slot->piece, pieces, count * sizeof *pieces);
     slot->at = slot->piece;
     slot->head = chain->head;
+    slot->write = write;
     slot->count = count;
     slot->offset = offset;
     slot->size = (uint32_t)size;
     slot->status = chain->piece[chain->readable + chain->writable - 1].iov_base;
-    hv_uring_read(disk->ring, path->fd, slot->at, count, offset, elsewhere, tag);
+    hv_uring_move(disk->ring, path->fd, write, slot->at, count, offset, elsewhere, tag);
     path->sent++;
     return 0;
 }
 
 /* Read into `pieces`, at once if that needs no waiting. Returns 0, or one of the above. */
-static int start_read(struct hv_path *path, struct hv_chain *chain, uint64_t offset, uint64_t size, int others)
+static int start_read(struct hv_path *path, struct hv_chain *chain, uint64_t offset, uint64_t size)
 {
     struct iovec *pieces = chain->piece + 1;
     uint32_t count = chain->writable - 1;
-    if (size >= LARGE && others && !send(path, chain, pieces, count, offset, size, 1))
-        return ON_ITS_WAY;
     if (path->waits)
         return move(path->fd, 0, pieces, count, offset) ? FOR_THE_MODEL : 0;
     ssize_t done = preadv2(path->fd, pieces, (int)count, (off_t)offset, RWF_NOWAIT);
@@ -127,7 +127,7 @@ static int start_read(struct hv_path *path, struct hv_chain *chain, uint64_t off
         skip(&pieces, &count, (size_t)done);
         offset += (uint64_t)done;
     }
-    if (!path->waits && !send(path, chain, pieces, count, offset, size, 0))
+    if (!path->waits && !send(path, chain, 0, pieces, count, offset, size, 0))
         return ON_ITS_WAY;
     return move(path->fd, 0, pieces, count, offset) ? FOR_THE_MODEL : 0;
 }
@@ -158,14 +158,12 @@ static int64_t start(struct hv_path *path, struct hv_chain *chain, int others)
     if (nothing || !size || size % SECTOR || size > MOST || sectors > path->sectors || request.sector > path->sectors - sectors)
         return FOR_THE_MODEL;
     uint64_t offset = request.sector * SECTOR;
-    if (write) {
-        if (move(path->fd, 1, chain->piece + 1, chain->readable - 1, offset))
-            return FOR_THE_MODEL;
-        return complete(path, status->iov_base, size, 1);
-    }
     uint8_t *answer = status->iov_base;
-    int state = start_read(path, chain, offset, size, others);
-    return state ? state : complete(path, answer, size, (int64_t)size + 1);
+    uint32_t count = write ? chain->readable - 1 : chain->writable - 1;
+    if (size >= LARGE && others && !send(path, chain, write, chain->piece + 1, count, offset, size, 1))
+        return ON_ITS_WAY;
+    int state = write ? move(path->fd, 1, chain->piece + 1, count, offset) : start_read(path, chain, offset, size);
+    return state ? state : complete(path, answer, size, write ? 1 : (int64_t)size + 1);
 }
 
 static void give_back(struct hv_queue *queue, uint16_t head, int64_t written)
@@ -174,7 +172,7 @@ static void give_back(struct hv_queue *queue, uint16_t head, int64_t written)
     hv_queue_publish(queue, 1);
 }
 
-/* How many reads io_uring has. */
+/* How many requests io_uring has. */
 static uint32_t on_their_way(const struct hv_path *path)
 {
     return path->disk && path->disk->ring ? path->disk->ring->in_flight : 0;
@@ -195,14 +193,15 @@ static void collect(struct hv_path *path, int wait)
         if (!bad) { /* the kernel may stop half-way, at the end of the file or not */
             uint32_t done = result > 0 ? (uint32_t)result : 0;
             skip(&slot->at, &slot->count, done);
-            bad = move(path->fd, 0, slot->at, slot->count, slot->offset + done);
+            bad = move(path->fd, slot->write, slot->at, slot->count, slot->offset + done);
         }
         slot->next_free = disk->first_free;
         disk->first_free = (uint32_t)tag;
         if (bad)
             disk->failed[disk->failures++] = slot->head;
         else
-            give_back(&path->queue[0], slot->head, complete(path, slot->status, slot->size, (int64_t)slot->size + 1));
+            give_back(&path->queue[0], slot->head,
+                      complete(path, slot->status, slot->size, slot->write ? 1 : (int64_t)slot->size + 1));
     }
 }
 

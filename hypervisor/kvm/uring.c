@@ -59,15 +59,15 @@ void hv_uring_free(struct hv_uring *ring)
     free(ring);
 }
 
-/* Queue a read; no more than HV_URING_ENTRIES may be in flight. `pieces` stay until it is done. `elsewhere`: by a thread of
+/* Queue a read or a write; no more than HV_URING_ENTRIES may be in flight. `pieces` stay until it is done. `elsewhere`: by a thread of
  * the kernel's own from the start, also where this one could do it without waiting. */
-void hv_uring_read(struct hv_uring *ring, int fd, const struct iovec *pieces, uint32_t count, uint64_t offset, int elsewhere,
-                   uint64_t tag)
+void hv_uring_move(struct hv_uring *ring, int fd, int write, const struct iovec *pieces, uint32_t count, uint64_t offset,
+                   int elsewhere, uint64_t tag)
 {
     uint32_t tail = *ring->sq_tail;
     struct io_uring_sqe *sqe = &ring->sqes[tail & ring->sq_mask];
     memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = IORING_OP_READV;
+    sqe->opcode = write ? IORING_OP_WRITEV : IORING_OP_READV;
     sqe->flags = elsewhere ? IOSQE_ASYNC : 0;
     sqe->fd = fd;
     sqe->off = offset;

@@ -1,4 +1,4 @@
-/* As much of io_uring as the data paths need: vectored reads that complete later. See io_uring(7). */
+/* As much of io_uring as the data paths need: vectored reads and writes that complete later. See io_uring(7). */
 #ifndef HV_URING_H
 #define HV_URING_H
 
@@ -22,8 +22,8 @@ struct hv_uring {
 
 struct hv_uring *hv_uring_new(void);
 void hv_uring_free(struct hv_uring *ring);
-void hv_uring_read(struct hv_uring *ring, int fd, const struct iovec *pieces, uint32_t count, uint64_t offset, int elsewhere,
-                   uint64_t tag);
+void hv_uring_move(struct hv_uring *ring, int fd, int write, const struct iovec *pieces, uint32_t count, uint64_t offset,
+                   int elsewhere, uint64_t tag);
 void hv_uring_submit(struct hv_uring *ring, int wait);
 int hv_uring_next(struct hv_uring *ring, uint64_t *tag, int32_t *result);
 

@@ -367,6 +367,19 @@ def test_large_reads_go_side_by_side(tmp_path):
         disk.close()
 
 
+def test_large_writes_are_left_to_the_kernel_too(tmp_path):
+    """All but the last: each reaches its place, and says so once it has."""
+    disk, content = large_disk(tmp_path, 4 * LARGE)
+    try:
+        data = [bytes([number]) * LARGE for number in (1, 2)]
+        heads = [disk.request(OUT, 3 * number * LARGE // SECTOR, data[number], cuts=(16, 4000))[0] for number in (0, 1)]
+        assert sorted(finish(disk)) == sorted((head, 1) for head in heads)
+        assert disk.file.read_bytes() == data[0] + content[LARGE : 3 * LARGE] + data[1]
+        assert disk.path.sent == 1
+    finally:
+        disk.close()
+
+
 def test_what_fails_on_its_way_is_done_anew_by_the_model(tmp_path):
     """The file ends in the middle of one large read and before another: both fail, and the rest goes on."""
     disk, content = large_disk(tmp_path, 2 * LARGE)
