@@ -24,7 +24,7 @@ def bucket_of(ticks: int) -> int:
 
 
 def bounds(bucket: int) -> tuple[int, int]:
-    """Return the smallest and the largest time in ticks that fall into a bucket (the last one has no end)."""
+    """Return the smallest and the largest time in ticks that fall into a bucket (the last takes longer ones, too)."""
     if bucket < _SUB:
         return bucket, bucket
     shift = bucket // _SUB - 1
@@ -35,7 +35,8 @@ def bounds(bucket: int) -> tuple[int, int]:
 class Histogram:
     """Times, counted. Immutable.
 
-    A percentile is off by at most half a bucket, which is 1/32 of its value; total, mean and maximum are exact.
+    A percentile is off by at most half a bucket, which is 1/32 of its value, but for times of 2^43 ticks and more
+    (about an hour), which are all in the last bucket. Total, mean and maximum are exact.
 
     Attributes:
         buckets: how many times fell into each bucket that is not empty, by ascending bucket.
@@ -68,17 +69,32 @@ class Histogram:
 
     @classmethod
     def merged(cls, parts: Iterable[Histogram]) -> Histogram:
-        """Return the histogram of all times of `parts`, which have the same ticks."""
+        """Return the histogram of all times of `parts`; where their ticks differ it has those of the first."""
         buckets: dict[int, int] = {}
         total = largest = 0
-        scale = 1.0
-        for part in parts:
+        scale: float | None = None
+        for some in parts:
+            if not some.buckets:
+                continue
+            scale = some.ns_per_tick if scale is None else scale
+            part = some.rescaled(scale)
             for bucket, count in part.buckets.items():
                 buckets[bucket] = buckets.get(bucket, 0) + count
             total += part.total_ticks
             largest = max(largest, part.max_ticks)
-            scale = part.ns_per_tick
-        return cls(buckets, total, largest, ns_per_tick=scale)
+        return cls(buckets, total, largest, ns_per_tick=1.0 if scale is None else scale)
+
+    def rescaled(self, ns_per_tick: float) -> Histogram:
+        """Return the same times in other ticks; percentiles lose up to another half of a bucket."""
+        if ns_per_tick == self.ns_per_tick:
+            return self
+        factor = self.ns_per_tick / ns_per_tick
+        buckets: dict[int, int] = {}
+        for bucket, count in self.buckets.items():
+            moved = bucket_of(round(sum(bounds(bucket)) / 2 * factor))
+            buckets[moved] = buckets.get(moved, 0) + count
+        total, largest = round(self.total_ticks * factor), round(self.max_ticks * factor)
+        return Histogram(buckets, total, largest, ns_per_tick=ns_per_tick)
 
     def since(self, earlier: Histogram) -> Histogram:
         """Return what was added after `earlier`. Its maximum is known to a bucket only, unless it is the whole's."""
@@ -87,7 +103,8 @@ class Histogram:
             for bucket, count in self.buckets.items()
             if count > earlier.buckets.get(bucket, 0)
         }
-        largest = bounds(max(buckets))[1] if buckets else 0
+        last = max(buckets, default=0)
+        largest = self.max_ticks if last == BUCKETS - 1 else bounds(last)[1]
         return Histogram(
             buckets,
             max(self.total_ticks - earlier.total_ticks, 0),
@@ -124,6 +141,8 @@ class Histogram:
             seen += count
             if seen >= wanted:
                 low, high = bounds(bucket)
+                if bucket == BUCKETS - 1:
+                    high = max(high, self.max_ticks)
                 return min((low + high) / 2, self.max_ticks) * self.ns_per_tick
         return 0.0
 
