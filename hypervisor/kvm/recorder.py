@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
     from hypervisor.kvm.vcpu import Vcpu
 
-__all__ = ["ELSEWHERE", "RawRow", "TraceFile", "raw_rows", "row_size", "tick"]
+__all__ = ["ELSEWHERE", "MOST_ROWS", "RawRow", "TraceFile", "raw_rows", "row_size", "tick"]
 
 ELSEWHERE: Final[int] = lib.HV_ELSEWHERE
 """The address of a row for all addresses that found no row of their own."""
+MOST_ROWS: Final[int] = lib.HV_ROWS
+"""Rows of a vCPU."""
 _BUCKETS: Final[int] = lib.HV_BUCKETS
 _WORDS: Final[int] = ffi.sizeof("struct hv_row") // 8
 
@@ -108,6 +110,8 @@ class TraceFile:
         self._event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._c: Any = lib.hv_trace_file_new(self._fd, self._stop_fd, self._event_fd)
         self._thread: threading.Thread | None = None
+        self._error = 0
+        self._lock = threading.Lock()  # whoever makes a mark may come after the end
 
     def start(self, vcpus: Sequence[Vcpu]) -> None:
         """Trace these vCPUs, which do not run yet."""
@@ -118,13 +122,16 @@ class TraceFile:
         self._thread.start()
 
     def write(self, kind: str, data: bytes, vcpu: int = 0) -> None:
-        """Append a chunk; after an error (see `error`) nothing is written any more."""
-        lib.hv_trace_file_write(self._c, kind.encode("ascii"), vcpu, data, len(data))
+        """Append a chunk; after an error (see `error`), and when it is closed, nothing is written any more."""
+        with self._lock:
+            if self._c != ffi.NULL:
+                lib.hv_trace_file_write(self._c, kind.encode("ascii"), vcpu, data, len(data))
 
     @property
     def error(self) -> int:
         """The errno of the write that ended the file; 0 while all is well."""
-        number: int = self._c.error
+        with self._lock:
+            number: int = self._c.error if self._c != ffi.NULL else self._error
         return number
 
     def stop(self) -> list[int]:
@@ -137,8 +144,11 @@ class TraceFile:
 
     def close(self) -> None:
         """Close the file; the vCPUs have ended."""
-        if self._c != ffi.NULL:
+        with self._lock:
+            if self._c == ffi.NULL:
+                return
             self.stop()
+            self._error = self._c.error
             lib.hv_trace_file_free(self._c)
             self._c = ffi.NULL
             for fd in (self._fd, self._stop_fd, self._event_fd):
