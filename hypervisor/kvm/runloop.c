@@ -406,16 +406,17 @@ uint64_t hv_vcpu_run(struct hv_vcpu *vcpu, uint64_t reply)
         int has_place = wants_place(vcpu);
         uint64_t entered_at = __rdtsc();
         hv_record_entry(&vcpu->recorder, entered_at);
-        int result = ioctl(vcpu->fd, KVM_RUN, NULL);
-        int error = errno;
+        int result, error;
+        do { /* EAGAIN: an AP that has just been sent INIT or SIPI; its wait for that counts as the guest's time */
+            result = ioctl(vcpu->fd, KVM_RUN, NULL);
+            error = errno;
+        } while (result < 0 && error == EAGAIN);
         uint64_t now = __rdtsc();
         if (result < 0) {
-            if (error == EAGAIN) /* an AP that has just been sent INIT or SIPI */
-                continue;
             vcpu->reason = KVM_EXIT_INTR;
             if (error != EINTR)
                 return HV_FAILED | (uint64_t)error << 8;
-            note_exit(vcpu, now, now - entered_at, 0);
+            note_exit(vcpu, now, now - entered_at, has_place);
             __atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
             return HV_INTERRUPTED;
         }
