@@ -25,15 +25,24 @@ class Clock:
         self.khz = khz
         self.start_tick = tick()
         self._start_ns = time.monotonic_ns()
+        self._end: tuple[int, int] | None = None
 
     @property
     def ns_per_tick(self) -> float:
         """Nanoseconds of a tick: measured since the start once that is long enough, before that KVM's word."""
-        elapsed = self.now_ns()
+        elapsed, ticks = self._now()
         if self.khz and elapsed < LONG_ENOUGH_NS:
             return 1e6 / self.khz
-        return max(elapsed, 1) / max(tick() - self.start_tick, 1)
+        return max(elapsed, 1) / max(ticks, 1)
 
     def now_ns(self) -> int:
-        """Return nanoseconds since the start."""
-        return time.monotonic_ns() - self._start_ns
+        """Return nanoseconds since the start, or from there to the end."""
+        return self._now()[0]
+
+    def stop(self) -> None:
+        """The machine has ended: no more time passes."""
+        self._end = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        """Return nanoseconds and ticks since the start."""
+        return self._end or (time.monotonic_ns() - self._start_ns, tick() - self.start_tick)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hypervisor.profile.recording import Recording
 
 STOP_SECONDS: Final = 10.0
+MOST_EVERY: Final = (1 << 32) - 1
 AFTER_PANIC: Final = {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT}
 """What a kernel may do after it has panicked, and is not to be blamed on anything else."""
 
@@ -72,6 +73,7 @@ class Machine:
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._started = False
+        self._clock: Clock | None = None
         self._live: LiveExits | None = None
         self._recording: Recording | None = None
         self.profile_trouble = ""
@@ -311,13 +313,18 @@ class Machine:
 
     @property
     def exits(self) -> Exits:
-        """All exits up to now, as a value to query: `machine.exits.pio("uart0").count`."""
+        """All exits up to now, as a value to query: `machine.exits.pio("uart0").count`.
+
+        It may be asked from the start on, also after `close`.
+        """
         return self._exits().exits()
 
     def _exits(self) -> LiveExits:
         from hypervisor.profile.live import LiveExits  # noqa: PLC0415 - for those who look
 
         with self._lock:
+            if self._clock is None:
+                raise ConfigError("the machine has not been started", hint="its exits are counted from then on")
             if self._live is None:
                 self._live = LiveExits(self.vcpus, self.bus_pio, self.bus_mmio, self._clock)
             return self._live
@@ -342,6 +349,9 @@ class Machine:
         """Make a mark whenever a line of the console matches a regular expression; before `start`.
 
         It is called what the first group matched, or the whole match without groups.
+
+        Raises:
+            ConfigError: it is no regular expression.
         """
         from hypervisor.profile.live import TextMarks  # noqa: PLC0415 - for those who ask
 
@@ -356,8 +366,13 @@ class Machine:
             trace: False: write counts and histograms only, not every single exit.
 
         Raises:
+            ConfigError: `every` is out of range, the machine has been started, or is recorded already.
             HostError: the file cannot be made.
         """
+        if not 0 <= every <= MOST_EVERY:
+            raise ConfigError(f"every is {every}", hint=f"it is 0 to {MOST_EVERY}")
+        if self._started or self._recording is not None:
+            raise ConfigError("a profile is recorded from the machine's start on, into one file")
         from hypervisor.profile.recording import Recording  # noqa: PLC0415 - for those who ask
 
         self._recording = Recording(
@@ -403,6 +418,8 @@ class Machine:
             raise ConfigError("the machine has no outcome yet")
         for vcpu in self.vcpus:
             vcpu.join()
+        if self._clock is not None:
+            self._clock.stop()
         self.console.end()
         self.debug_console.end()
         self._finish_recording(outcome)

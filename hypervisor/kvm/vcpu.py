@@ -98,6 +98,7 @@ class Vcpu:
         if self._c == ffi.NULL:
             os.close(fd)
             raise HostError(f"cannot map the run area of vCPU {index}")
+        self._last_rows = b""
         self._bus = bus  # the C side points to it
         self._stats = Stats(fd)
         self.enter: Callable[[int], int] = partial(lib.hv_vcpu_run, self._c)
@@ -107,8 +108,9 @@ class Vcpu:
         self._stats.close()
         if self._fd >= 0:
             del self.enter
-            lib.hv_vcpu_free(self._c)
-            self._c = ffi.NULL
+            self._last_rows = self.recorded_rows()
+            closed, self._c = self._c, ffi.NULL
+            lib.hv_vcpu_free(closed)
             os.close(self._fd)
             self._fd = -1
 
@@ -167,7 +169,9 @@ class Vcpu:
         return ffi.addressof(self._c, "recorder")
 
     def recorded_rows(self) -> bytes:
-        """Copy what is recorded of the exits so far; `hypervisor.kvm.recorder.raw_rows` takes it apart."""
+        """Copy what is recorded of exits, also once it is closed; `hypervisor.kvm.recorder.raw_rows` takes it apart."""
+        if self._c == ffi.NULL:
+            return self._last_rows
         recorder = self._c.recorder
         return bytes(ffi.buffer(recorder.row, recorder.row_count * ffi.sizeof("struct hv_row")))
 
