@@ -124,8 +124,12 @@ class Exits:
     # --- filters ------------------------------------------------------------------------------------------------------
 
     def where(self, test: Callable[[ExitRow], bool]) -> Exits:
-        """Return the rows for which `test` is true."""
-        return Exits(filter(test, self.rows))
+        """Return the rows for which `test` is true; marks stay."""
+
+        def some(mark: Mark) -> Mark:
+            return mark._replace(rows=lambda: [row for row in mark.rows() if test(row)])
+
+        return Exits(filter(test, self.rows), marks=[some(mark) for mark in self._marks], end_ns=self._end_ns)
 
     def _accesses(self, reason: str, device: str | int | None, register: str | None, direction: str | None) -> Exits:
         def test(row: ExitRow) -> bool:

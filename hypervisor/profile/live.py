@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from hypervisor.errors import ConfigError
 from hypervisor.kvm.recorder import ELSEWHERE, raw_rows
 from hypervisor.kvm.vcpu import MMIO_READ, MMIO_WRITE, PIO_IN, PIO_OUT, reason_names
 from hypervisor.profile.exits import ExitRow, Exits, Mark
@@ -205,23 +207,38 @@ class TextMarks:
     """Bytes of a line that are looked at."""
 
     def __init__(self, pattern: str, mark: Callable[[str], bool]) -> None:
-        """Look for `pattern`; the mark is called what its first group matched, or all of it without groups."""
-        self._pattern = re.compile(pattern.encode())
+        """Look for `pattern`; the mark is called what its first group matched, or all of it without groups.
+
+        Raises:
+            ConfigError: it is no regular expression.
+        """
+        try:
+            self._pattern = re.compile(os.fsencode(pattern))
+        except (re.error, OverflowError, RecursionError, UnicodeError) as error:
+            raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+        self._is_literal = not set(pattern) & set(r".^$*+?{}[]\|()")
         self._mark = mark
         self._line = b""
+        self._done = False  # with the line that has begun
 
     def take(self, data: bytes) -> None:
-        """Look at output of the console; a line is marked as soon as it matches, once."""
+        """Look at output of the console; a line is marked once, as soon as what comes next cannot change the match.
+
+        A match that goes to the end of what there is waits for the next byte, unless the pattern is mere text.
+        """
         *lines, rest = (self._line + data).split(b"\n")
         for line in lines:
-            self._look(line)
-        if len(rest) > self.LONGEST or self._look(rest):
-            rest = b""
-        self._line = rest
+            if not self._done:
+                self._look(line.rstrip(b"\r"), whole=True)
+            self._done = False
+        if not self._done:
+            self._done = self._look(rest, whole=False) or len(rest) > self.LONGEST
+        self._line = b"" if self._done else rest
 
-    def _look(self, line: bytes) -> bool:
-        found = self._pattern.search(line[: self.LONGEST])
-        if found is None:
+    def _look(self, line: bytes, *, whole: bool) -> bool:
+        line = line[: self.LONGEST]
+        found = self._pattern.search(line)
+        if found is None or not (whole or self._is_literal or found.end() < len(line)):
             return False
         name = found[1] if found.re.groups and found[1] is not None else found[0]
         self._mark(name.decode(errors="backslashreplace"))
