@@ -5,21 +5,23 @@ from __future__ import annotations
 import base64
 import json
 import mmap
+import struct
 import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from hypervisor.errors import ImageError
-from hypervisor.kvm.recorder import raw_rows
+from hypervisor.kvm.recorder import MOST_ROWS, raw_rows, row_size
 from hypervisor.profile.exits import Exits, Mark
 from hypervisor.profile.fileformat import CHUNK, MAGIC, ROW_KEY, VERSION, unpack_row
 from hypervisor.profile.live import row_of, times_of
 from hypervisor.profile.model import Profile
 from hypervisor.profile.names import GuestNames
-from hypervisor.profile.trace import RowKey, Trace
+from hypervisor.profile.trace import MOST_TICKS, RowKey, Trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from hypervisor.profile.exits import ExitRow
 
 __all__ = ["load"]
+
+DAMAGE: Final = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading values that nobody would write leads to."""
 
 
 def load(path: str) -> Profile:
@@ -47,10 +52,28 @@ def load(path: str) -> Profile:
         raise ImageError(f"{path} is empty", hint="the run ended before its profile began, or its disk was full")
     if data[: len(MAGIC)] != MAGIC:
         raise ImageError(f"{path} is no profile", hint="`hv run ... --profile FILE` writes one")
-    try:
+    with _damage_told(path):
         return _Reader(path, data).profile()
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, zlib.error) as error:
-        raise ImageError(f"{path} is damaged: {error}", hint="its run wrote it otherwise, or it was changed") from error
+
+
+@contextmanager
+def _damage_told(path: str) -> Iterator[None]:
+    """Tell the user, of what cannot be read in the file, that the file is damaged."""
+    try:
+        yield
+    except (*DAMAGE, struct.error, zlib.error) as error:
+        raise ImageError(
+            f"{path} is damaged: {error!r}", hint="its run wrote it otherwise, or it was changed"
+        ) from error
+
+
+def _unpacked(data: bytes) -> bytes:
+    """Return packed rows, of which there cannot be more than a vCPU has."""
+    unpacker = zlib.decompressobj()
+    rows = unpacker.decompress(data, MOST_ROWS * row_size() + 1)
+    if not unpacker.eof:
+        raise ValueError("rows are cut short, or too many")
+    return rows
 
 
 class _Reader:
@@ -71,6 +94,8 @@ class _Reader:
                 f"{path} is a profile of version {self._head['version']}, not {VERSION}",
                 hint="read it with the hv that wrote it",
             )
+        if not 0 <= self._head["tick"] <= MOST_TICKS:
+            raise ValueError("the start is no time")
         self._tail: dict[str, Any] = next(reversed(self._json("TAIL")), {})
         if not self._tail:
             self._notes.append("the run did not end in order: its last moments are not in the file")
@@ -156,9 +181,12 @@ class _Reader:
 
     def _raw_rows(self) -> dict[int, list[RawRow]]:
         """Return what was counted, by vCPU."""
-        if self._trace is not None and not self._tail:
-            return self._trace.counts()  # the trace goes further than the counts that were written last
-        return {vcpu: raw_rows(zlib.decompress(data)) for vcpu, data in dict(self._bytes("SUMM")).items()}
+        counted = {vcpu: raw_rows(_unpacked(data)) for vcpu, data in dict(self._bytes("SUMM")).items()}
+        if self._trace is not None and not self._tail:  # it goes further than the counts, unless much of it was dropped
+            for vcpu, traced in self._trace.counts().items():
+                if sum(row.exits for row in traced) > sum(row.exits for row in counted.get(vcpu, ())):
+                    counted[vcpu] = traced
+        return counted
 
     def _rows(self) -> dict[int, list[ExitRow]]:
         sampled = {} if self._trace is None else self._trace.sample(self._namer())
@@ -188,14 +216,17 @@ class _Reader:
 
     def _marks(self) -> list[Mark]:
         def load_rows(packed: Sequence[str]) -> list[ExitRow]:
-            return [
-                self._row(raw, vcpu)
-                for vcpu, text in enumerate(packed)
-                for raw in raw_rows(zlib.decompress(base64.b64decode(text)))
-                if raw.exits
-            ]
+            with _damage_told(self._path):
+                return [
+                    self._row(raw, vcpu)
+                    for vcpu, text in enumerate(packed)
+                    for raw in raw_rows(_unpacked(base64.b64decode(text)))
+                    if raw.exits
+                ]
 
-        return [Mark(mark["name"], mark["at_ns"], partial(load_rows, mark["rows"])) for mark in self._json("MARK")]
+        return [
+            Mark(str(mark["name"]), int(mark["at_ns"]), partial(load_rows, mark["rows"])) for mark in self._json("MARK")
+        ]
 
     # --- everything ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +234,7 @@ class _Reader:
         """Return the profile."""
         exits = self._rows()
         trace = self._trace
-        wall_ns = self._tail.get("wall_ns", 0)
+        wall_ns = int(self._tail.get("wall_ns", 0))
         if not wall_ns and trace is not None:
             wall_ns = round((trace.last_tick - self._head["tick"]) * self._ns_per_tick)
         if dropped := sum(self._tail.get("dropped", ())):

@@ -25,6 +25,7 @@ MOST_PLACES: Final = 1 << 17
 KERNEL_HALF: Final = np.uint64(1 << 63)
 SPACE_SHIFT: Final = np.uint64(48)
 """User addresses are below 2^47: above them there is room for the number of their address space."""
+MOST_TICKS: Final = (1 << 63) - 1
 TOO_MANY: Final = "[one place too many]"
 
 
@@ -77,18 +78,21 @@ class Trace:
         self._rows = base
 
     def _records(self) -> Iterator[tuple[int, NDArray[Any], NDArray[np.int64]]]:
-        """Iterate over vCPU, records and row numbers; what refers to no row is left out."""
+        """Iterate over vCPU, records and row numbers; what refers to no row is left out, and no chunk is empty."""
         for vcpu, at, count in self._chunks:
             records = np.frombuffer(self._data, RECORD, count, at)
             row = (records["row"] & (COARSE - 1)).astype(np.int64)
             known = row < len(self._keys.get(vcpu, ()))
-            yield (vcpu, records, row) if known.all() else (vcpu, records[known], row[known])
+            if known.all():
+                yield vcpu, records, row
+            elif known.any():
+                yield vcpu, records[known], row[known]
 
     @property
     def last_tick(self) -> int:
         """When the last exit was handled, in ticks."""
         ends = [self._start]
-        ends += [int(records["tick"][-1] + _handler(records)[-1]) for _, records, _ in self._records() if len(records)]
+        ends += [_end_of(records) for _, records, _ in self._records()]
         return max(ends)
 
     # --- counts -------------------------------------------------------------------------------------------------------
@@ -96,13 +100,13 @@ class Trace:
     def counts(self) -> dict[int, list[RawRow]]:
         """Count the exits by row: what a run that was killed did not write down itself."""
         sums = {vcpu: _Sums(len(rows)) for vcpu, rows in self._keys.items()}
-        left_at = dict.fromkeys(self._keys, self._start)
+        left_at = dict.fromkeys(self._keys, min(self._start, MOST_TICKS))
         for vcpu, records, row in self._records():
-            if not len(records):
-                continue
             tick, handler = records["tick"].astype(np.int64), _handler(records)
-            entered = np.concatenate(([left_at[vcpu]], tick[:-1] + handler[:-1]))
-            left_at[vcpu] = int(tick[-1] + handler[-1])
+            entered = np.empty_like(tick)
+            entered[0] = left_at[vcpu]
+            np.add(tick[:-1], handler[:-1], out=entered[1:])
+            left_at[vcpu] = min(_end_of(records), MOST_TICKS)
             sums[vcpu].add(row, np.maximum(tick - entered, 0), handler)
         return {vcpu: sums[vcpu].rows(rows) for vcpu, rows in self._keys.items()}
 
@@ -163,12 +167,13 @@ class Trace:
     def chunks(self, ns_per_tick: float) -> Iterator[TraceChunk]:
         """Iterate over the exits; rows are numbered through all vCPUs, `sample` has been called."""
         start = np.uint64(self._start)
+        too_many = self.places.index(TOO_MANY) if TOO_MANY in self.places else -1
         for vcpu, records, row in self._records():
             sampled = records["rip"] != 0
             place = np.full(len(records), -1, np.int64)
             if sampled.any():
                 unique, inverse = np.unique(self._place_keys(records)[sampled], return_inverse=True)
-                numbers = np.array([self._index.get(key, -1) for key in unique.tolist()], np.int64)
+                numbers = np.array([self._index.get(key, too_many) for key in unique.tolist()], np.int64)
                 place[sampled] = numbers[inverse.reshape(-1)]
             yield TraceChunk(
                 vcpu,
@@ -177,6 +182,11 @@ class Trace:
                 row + self._bases[vcpu],
                 place,
             )
+
+
+def _end_of(records: NDArray[Any]) -> int:
+    """Return the tick at which the last of these exits was handled."""
+    return int(records["tick"][-1]) + int(_handler(records[-1:])[0])
 
 
 def _handler(records: NDArray[Any]) -> NDArray[np.int64]:
