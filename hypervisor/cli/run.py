@@ -112,7 +112,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _number(text: str) -> int:
     """Return a number that may be hexadecimal."""
-    return int(text, 0)
+    try:
+        return int(text, 0)
+    except ValueError:
+        import argparse
+
+        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 0x5658") from None
 
 
 def parse_profile(text: str) -> tuple[str, dict[str, Any]]:
