@@ -28,6 +28,7 @@ BENCHMARKS: Final = {
     "disk": ("disk", "a virtio disk driven from ring 3, beside QEMU, and kvmtool if `lkvm` is on the PATH"),
     "net": ("net", "a virtio network driven from ring 3, on a TAP (root only), beside the same"),
     "fio": ("fio", "fio on a guest's disk in the emulated host, beside a loop device there (minutes)"),
+    "profile": ("profile", "what recording exits costs, and what reading ten million of them does"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }

@@ -1,6 +1,6 @@
 """What is recorded of guests that are known to the last exit, on any KVM."""
 
-import subprocess
+import struct
 import time
 
 import pytest
@@ -108,7 +108,7 @@ def test_every_way_out_of_the_guest_is_counted_exactly(run):
         strings = {(TEST_PORT, "out", 1, "probe"), (TEST_PORT, "in", 1, "probe")}
         assert all(row.count == row.operations for key, row in found.items() if key not in strings)
         assert found[TEST_PORT, "in", 1, "probe"].count == 2  # one for the whole `rep insb`
-        assert found[TEST_PORT, "out", 1, "probe"].count == (12 if SOFTWARE else 4)
+        assert found[TEST_PORT, "out", 1, "probe"].count in {4, 12}  # `rep outsb`: once for all, or for each element
         found = {(r.address, r.direction, r.size, r.device): r.count for r in exits if r.reason == "mmio"}
         assert found == memory
         assert {r.reason for r in exits} <= {"io", "mmio", "intr"}
@@ -273,10 +273,22 @@ def test_places_are_at_the_instruction_or_right_behind_it(run):
 
 
 def functions_of(name):
-    """Return (address, name) of the labels in a guest's code, ascending."""
-    listing = subprocess.run(["nm", "-n", kernels.ensure(name)], capture_output=True, text=True, check=True).stdout
-    lines = [line.split() for line in listing.splitlines()]
-    return [(int(address, 16), label) for address, kind, label in lines if kind in "tT"]
+    """Return (address, name) of the labels in a guest's code, ascending: what `nm` says of an ELF32 file."""
+    data = kernels.ensure(name).read_bytes()
+    table, each, count = (
+        struct.unpack_from(layout, data, at)[0] for layout, at in (("<I", 32), ("<H", 46), ("<H", 48))
+    )
+    sections = [struct.unpack_from("<10I", data, table + each * index) for index in range(count)]
+    labels = []
+    for _, kind, _, _, at, size, link, _, _, _ in sections:
+        if kind != 2:  # SHT_SYMTAB
+            continue
+        names = sections[link][4]
+        for word, value, _, _, _, where in struct.iter_unpack("<IIIBBH", data[at : at + size]):
+            if where < count and sections[where][2] & 4:  # SHF_EXECINSTR
+                start = names + word
+                labels.append((value, data[start : data.index(0, start)].decode()))
+    return sorted(label for label in labels if label[1])
 
 
 def test_sampled_places_lie_in_the_functions_that_do_it(run, tmp_path):
