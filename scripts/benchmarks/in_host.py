@@ -19,12 +19,14 @@ def theirs_us(command: list[str]) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
-def ours_us(kernel: str, initrd: str, command_line: str, ram_mib: int) -> int:
-    """Boot under hv, by the same entry."""
+def ours_us(kernel: str, initrd: str, command_line: str, ram_mib: int, profile: str | None = None) -> int:
+    """Boot under hv, by the same entry; `profile` is a file to record every exit in."""
     config = MachineConfig(
         kernel, initrd=initrd, append=command_line, ram_mib=ram_mib, protocol="linux64", debug_exit="raw"
     )
     with Machine(config) as machine:
+        if profile is not None:
+            machine.record(profile)
         started = time.monotonic_ns()
         outcome = machine.run()
         taken = time.monotonic_ns() - started

@@ -29,6 +29,7 @@ BENCHMARKS: Final = {
     "net": ("net", "a virtio network driven from ring 3, on a TAP (root only), beside the same"),
     "fio": ("fio", "fio on a guest's disk in the emulated host, beside a loop device there (minutes)"),
     "profile": ("profile", "what recording exits costs, and what reading ten million of them does"),
+    "profile-boot": ("profile", "Debian's kernel to /init in the emulated host, with every exit in a file (minutes)"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }
@@ -37,7 +38,7 @@ BENCHMARKS: Final = {
 DESCRIPTION: Final = """\
 Measure hv and, in alternating rounds of the same run, what it is compared with; print ratios and whether they reach
 the project's targets. Numbers are "minimum / median" of the rounds. Best on an otherwise idle machine."""
-EPILOG: Final = "benchmarks:\n" + "\n".join(f"  {name:9} {what}" for name, (_, what) in BENCHMARKS.items())
+EPILOG: Final = "benchmarks:\n" + "\n".join(f"  {name:12} {what}" for name, (_, what) in BENCHMARKS.items())
 EPILOG_STATUS: Final = "\n\nexit status: 0, also when targets are missed; 1 a benchmark could not be run; 2 wrong usage"
 
 

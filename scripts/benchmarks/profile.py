@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING, Final
 
 from benchmarks import guests
 from benchmarks.exits import Marks, claim_handler
+from benchmarks.linux_boot import COMMAND_LINE, RAM_MIB, TIMEOUT_S, initramfs
 from benchmarks.profile_file import write_profile
 from benchmarks.table import CannotRunError, Row, Sample
-from benchmarks.tools import HERE, ROOT, environment
-from hypervisor import Machine, MachineConfig
+from benchmarks.tools import HERE, ROOT, environment, output_of
+from hypervisor import Machine, MachineConfig, kernels
 from hypervisor.profile.file import load
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 TARGET_COUNTS: Final = 1.05
 TARGET_TRACE: Final = 1.25
+TARGET_BOOT: Final = 1.05
+INSIDE: Final = "scripts/benchmarks/in_host_profile.py"
 TARGET_BYTES: Final = 25.0
 """A record has 24 bytes; the rest is what all exits of a run share."""
 TARGET_SECONDS: Final = 10.0
@@ -61,20 +65,16 @@ def loop_us(guest: bytes, exits: int, mode: str, prepare: Callable[[Machine], No
 
 def measure_costs(settings: Settings, name: str) -> list[Row]:
     """Run both loops in every mode, all of them in turn in every round."""
-    exits = settings.pick(50_000, 10_000)
-    rounds = settings.pick(30, 3)
+    exits = 20_000
+    rounds = settings.pick(60, 3)
     guest = guests.loop(guests.OUT, guests.PORT, exits)
     path = str(settings.scratch / "loop.hvprof")
     times = {(what, mode): Sample("us", []) for what, _ in CASES for mode in MODES}
-    dropped, size = Sample("", []), Sample("B", [])
     for turn in range(rounds):
         for what, prepare in CASES:
             for step in range(len(MODES)):
                 mode = MODES[(turn + step) % len(MODES)]
                 times[what, mode].values.append(loop_us(guest, exits, mode, prepare, path))
-                if mode == "trace":
-                    size.values.append(os.path.getsize(path) / exits)
-                    dropped.values.append(lost(path, exits))
     return [
         Row(name, f"{what}: {label}", times[what, mode], times[what, "off"], "nothing recorded", reach, "min")
         for what, _ in CASES
@@ -83,8 +83,21 @@ def measure_costs(settings: Settings, name: str) -> list[Row]:
             ("places", "and the place of every exit", None),
             ("trace", "and every exit in a file", TARGET_TRACE),
         )
-    ] + [
-        Row(name, "exits that a trace lacks", dropped, reach=0),
+    ]
+
+
+def measure_files(settings: Settings, name: str) -> list[Row]:
+    """Trace a loop that fills the ring between guest and file several times over, and look at what was written."""
+    exits = settings.pick(400_000, 100_000)
+    guest = guests.loop(guests.OUT, guests.PORT, exits)
+    path = str(settings.scratch / "file.hvprof")
+    dropped, size = Sample("", []), Sample("B", [])
+    for _ in range(settings.pick(5, 1)):
+        loop_us(guest, exits, "trace", claim_nothing, path)
+        size.values.append(os.path.getsize(path) / exits)
+        dropped.values.append(lost(path, exits))
+    return [
+        Row(name, "exits of a flood that its trace lacks", dropped, reach=0),
         Row(name, "a profile's size, an exit", size, reach=TARGET_BYTES),
     ]
 
@@ -134,6 +147,27 @@ def reading(path: Path, exits: int) -> tuple[float, float]:
     return taken, usage.ru_maxrss / 1024
 
 
+def measure_boot(settings: Settings, name: str) -> list[Row]:
+    """Boot Debian in one emulated host, with a profile of every exit and without one, in turn."""
+    kernels.ensure("debian")
+    archive = settings.scratch / "init.cpio"
+    archive.write_bytes(initramfs())
+    kernel = kernels.vmlinux("debian")
+    words = [kernel, archive, COMMAND_LINE, str(RAM_MIB), str(settings.pick(6, 1))]
+    settings.say("bench: booting the emulated host; then two boots of Debian in it for every round")
+    host = [ROOT / "scripts" / "emulated-host", f"--with={kernel}", f"--with={archive}", "--", "python3", INSIDE]
+    printed = output_of([*host, *words], timeout=TIMEOUT_S)
+    try:
+        times = json.loads(printed)
+    except ValueError as error:
+        raise CannotRunError(f"the emulated host printed {printed!r}") from error
+    profiled, plain = (Sample("s", [us / 1e6 for us in times[side]]) for side in ("profiled", "plain"))
+    what = f"Debian's kernel, quiet, to /init, {times['exits']} exits in a file"
+    return [Row(name, what, profiled, plain, "without --profile", TARGET_BOOT)]
+
+
 def measure(settings: Settings, name: str) -> list[Row]:
     """Run the benchmark called `name`."""
-    return measure_costs(settings, name) + measure_reading(settings, name)
+    if name == "profile-boot":
+        return measure_boot(settings, name)
+    return measure_costs(settings, name) + measure_files(settings, name) + measure_reading(settings, name)

@@ -106,7 +106,9 @@ def test_a_whole_run(image, tmp_path):
 def test_a_file_that_may_not_grow_ends_and_the_guest_goes_on(image, tmp_path):
     path = str(tmp_path / "p")
     words = command(image(MANY), "--profile", path)
-    result = run(["bash", "-c", 'ulimit -f 100; exec "$@"', "bash", *words])
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))"
+    script = f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])"
+    result = run([sys.executable, "-c", script, *words])
     assert result.returncode == 7
     assert result.stderr == f"hv: the profile {path} ends early: File too large\n"
     assert os.path.getsize(path) <= 100 << 10
