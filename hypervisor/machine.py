@@ -362,7 +362,9 @@ class Machine:
 
         Args:
             path: of the file.
-            every: sample the place (RIP, CR3) of one exit in so many; 0: of none.
+            every: sample the place (RIP, CR3) of one exit in so many; 0: of none. It is the instruction that left the
+                guest, but after a write that KVM has done already the one behind it: always of memory, of ports on a
+                software KVM.
             trace: False: write counts and histograms only, not every single exit.
 
         Raises:

@@ -210,7 +210,7 @@ class _Reader:
         packed = dict(self._bytes("SYMS"))
         names = GuestNames.from_bytes(packed[0]) if packed else GuestNames()
         self._notes += names.notes
-        if not packed:
+        if not packed and self._head["every"]:
             self._notes.append("places have no names: the run ended before the guest's symbols were looked for")
         return names.name
 

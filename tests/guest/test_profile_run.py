@@ -97,7 +97,7 @@ def test_a_whole_run(image, tmp_path):
     result = run(command(image(MANY), "--profile", f"{path},every=100", "--mark-port", "0x5000"))
     assert (result.returncode, result.stderr) == (7, "")
     profile = load(path)
-    assert profile.notes == ()
+    assert not any("end" in note or "lacks" in note for note in profile.notes)
     assert profile.exits.pio(direction="out").count == 8 * 4096 + 1
     assert profile.exits.pio("marks").count == 4096
     assert ports_of(profile) == [*range(8)] * 4096
@@ -113,7 +113,7 @@ def test_a_file_that_may_not_grow_ends_and_the_guest_goes_on(image, tmp_path):
     assert result.stderr == f"hv: the profile {path} ends early: File too large\n"
     assert os.path.getsize(path) <= 100 << 10
     profile = load(path)
-    assert profile.notes == ("the run did not end in order: its last moments are not in the file",)
+    assert "the run did not end in order: its last moments are not in the file" in profile.notes
     ports = ports_of(profile)
     assert ports == ([*range(8)] * 4096)[: len(ports)]
     assert profile.exits.count >= len(ports)
@@ -129,7 +129,7 @@ def test_a_full_disk_ends_the_profile_and_the_guest_goes_on(image, tmp_path):
     assert result.returncode == 7, result.stderr
     assert result.stderr == f"hv: the profile {disk / 'p'} ends early: No space left on device\n"
     profile = load(kept)
-    assert len(profile.notes) == 1
+    assert "the run did not end in order: its last moments are not in the file" in profile.notes
     ports = ports_of(profile)
     assert 0 < len(ports) < 8 * 4096
     assert ports == ([*range(8)] * 4096)[: len(ports)]

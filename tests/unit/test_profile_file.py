@@ -35,8 +35,11 @@ from profile_files import (
 
 from hypervisor.errors import ImageError, VmmError
 from hypervisor.kvm.recorder import row_size
+from hypervisor.profile.exits import ExitRow
 from hypervisor.profile.file import load
+from hypervisor.profile.fileformat import pack_row
 from hypervisor.profile.histogram import Histogram
+from hypervisor.profile.names import GuestNames
 
 KEYS = [(0x3F8, IO, PIO_OUT, 1), (0x60, IO, PIO_IN, 1), (0, HLT, EXIT, 0)]
 NAMES = chunk(b"NAME", json.dumps([[PIO_OUT, 0x3F8, "uart0", "THR"], [PIO_IN, 0x60, None, None]]).encode())
@@ -50,11 +53,15 @@ def mark(name, at_ns, *rows):
 
 
 def traced(exits=EXITS):
-    return trace([record(tick, row, took, rip=0x1000 + tick, space=1) for tick, row, took in exits])
+    return trace([record(tick, row, took, rip=0xFFFFFFFF81000000 + tick, space=1) for tick, row, took in exits])
 
 
 BEFORE_END = head() + NAMES + row_keys(KEYS) + spaces([0x5000]) + traced()
-WHOLE = MAGIC + BEFORE_END + mark("start", 50, []) + mark("half", 150, COUNTED[:2]) + summary(COUNTED) + tail()
+NAMED = chunk(b"SYMS", GuestNames().to_bytes())
+COUNTERS = chunk(b"KVMS", json.dumps({"vm": {"a": 1}, "vcpu0": {"exits": 4}}).encode())
+KERNEL_ROW = ExitRow("kernel", "npf", None, None, None, None, None, 0, 3, 3, Histogram.of([8]), Histogram.of([9]), {})
+KERNEL = chunk(b"KERN", json.dumps([pack_row(KERNEL_ROW)]).encode())
+WHOLE = MAGIC + BEFORE_END + mark("start", 50, []) + mark("half", 150, COUNTED[:2]) + summary(COUNTED) + NAMED + tail()
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ def test_a_whole_file(load_bytes):
     assert profile.wall_ns == 1_000_000
     assert [(row.name, row.count) for row in profile.exits] == [("io uart0 THR out", 2), ("io 0x60 in", 1), ("hlt", 1)]
     assert profile.exits.pio("uart0").latency.total == 16 * 0.5  # two million ticks were a million nanoseconds
-    assert profile.exits.pio("uart0").symbols == {"0x1064": 1, "0x112c": 1}
+    assert profile.exits.pio("uart0").symbols == {"0xffffffff81000064": 1, "0xffffffff8100012c": 1}
     assert profile.marks == (("start", 50), ("half", 150))
     assert profile.exits.between("start", "half").count == 3
     assert profile.exits.between("half").count == 1
@@ -108,7 +115,10 @@ def test_a_whole_file(load_bytes):
 
 def test_a_run_that_was_killed_is_counted_from_its_trace(load_bytes):
     profile = load_bytes(MAGIC + BEFORE_END)
-    assert profile.notes == ("the run did not end in order: its last moments are not in the file",)
+    assert profile.notes == (
+        "the run did not end in order: its last moments are not in the file",
+        "places have no names: the run ended before the guest's symbols were looked for",
+    )
     assert [(row.name, row.count) for row in profile.exits] == [("io uart0 THR out", 2), ("io 0x60 in", 1), ("hlt", 1)]
     assert profile.exits.pio("uart0").latency == Histogram.of([7, 9])
     assert profile.wall_ns == 450  # KVM said a tick is a nanosecond
@@ -130,7 +140,7 @@ def test_a_profile_without_a_trace(load_bytes):
 
 
 def test_exits_that_the_trace_lacks_are_told(load_bytes):
-    profile = load_bytes(MAGIC + BEFORE_END + summary(COUNTED) + tail(dropped=[17]))
+    profile = load_bytes(MAGIC + BEFORE_END + summary(COUNTED) + NAMED + tail(dropped=[17]))
     assert len(profile.notes) == 1
     assert "17 single exits" in profile.notes[0]
 
@@ -239,13 +249,16 @@ def try_all(load_bytes, data):
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_flipped_bytes(load_bytes, data):
-    spoiled = bytearray(WHOLE)
+    spoiled = bytearray(WHOLE + COUNTERS + KERNEL)
     for _ in range(data.draw(st.integers(1, 4))):
-        spoiled[data.draw(st.integers(8, len(WHOLE) - 1))] ^= data.draw(st.integers(1, 255))
+        spoiled[data.draw(st.integers(8, len(spoiled) - 1))] ^= data.draw(st.integers(1, 255))
     try_all(load_bytes, bytes(spoiled))
 
 
 PIECES = [
+    NAMED,
+    COUNTERS,
+    KERNEL,
     head(),
     NAMES,
     row_keys(KEYS),
