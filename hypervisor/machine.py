@@ -357,7 +357,7 @@ class Machine:
 
         self.console.listeners.append(TextMarks(pattern, self.mark).take)
 
-    def record(self, path: str, *, every: int = 1, trace: bool = True) -> None:
+    def record(self, path: str, *, every: int = 1, trace: bool = True, kernel: bool = True) -> None:
         """Write a profile to a file while the machine runs; `hypervisor.profile.file.load` reads it. Before `start`.
 
         Args:
@@ -366,6 +366,8 @@ class Machine:
                 guest, but after a write that KVM has done already the one behind it: always of memory, of ports on a
                 software KVM.
             trace: False: write counts and histograms only, not every single exit.
+            kernel: False: do not have the exits counted that KVM handles itself. Where the host allows that (root,
+                tracefs) it costs each exit of the guest, those too, two calls of a small program in the host's kernel.
 
         Raises:
             ConfigError: `every` is out of range, the machine has been started, or is recorded already.
@@ -388,6 +390,7 @@ class Machine:
             facts=self._facts(),
             every=every,
             trace=trace,
+            kernel=kernel,
         )
 
     def _facts(self) -> dict[str, object]:

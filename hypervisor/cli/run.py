@@ -45,8 +45,9 @@ disks, networks and more (--disk, --net and --port may be repeated; N takes K, M
   sudo ip netns exec lab hv run debian --net tap=tap0        a TAP of the network namespace lab
 
 profile:
-  --profile FILE[,every=N][,trace=off]    where each exit came from (RIP), or only one in N (0: none); trace=off records
-                                          counts and histograms, no single exits
+  --profile FILE[,every=N][,trace=off][,kernel=off]
+         every=N samples where exits came from (RIP) only at one in N, 0 at none; trace=off writes counts and
+         histograms, no single exits; kernel=off leaves out what KVM handles itself, which takes root and tracefs
   hv run debian --profile boot.hvprof --mark-text "Run /init"
   hv profile report boot.hvprof
 
@@ -128,12 +129,12 @@ def parse_profile(text: str) -> tuple[str, dict[str, Any]]:
         name, _, value = option.partition("=")
         if name == "every" and value.isdecimal():
             settings["every"] = int(value)
-        elif option in {"trace=on", "trace=off"}:
-            settings["trace"] = value == "on"
+        elif name in {"trace", "kernel"} and value in {"on", "off"}:
+            settings[name] = value == "on"
         else:
-            raise ConfigError(f"--profile {text!r}: {option!r}", hint="it is FILE, then every=N and trace=off")
+            raise ConfigError(f"--profile {text!r}: {option!r}", hint="it is FILE, then every=N, trace=off, kernel=off")
     if not path:
-        raise ConfigError(f"--profile {text!r} names no file", hint="it is FILE, then every=N and trace=off")
+        raise ConfigError(f"--profile {text!r} names no file", hint="it is FILE, then every=N, trace=off, kernel=off")
     return path, settings
 
 

@@ -52,6 +52,7 @@ class Recording:
         facts: Mapping[str, Any],
         every: int,
         trace: bool,
+        kernel: bool,
     ) -> None:
         """Make the file.
 
@@ -66,6 +67,7 @@ class Recording:
             facts: for `Profile.info`.
             every: sample RIP and CR3 at one exit in so many; 0: at none.
             trace: whether to write down every single exit.
+            kernel: whether to have the exits counted that KVM handles itself.
 
         Raises:
             HostError: the file cannot be made.
@@ -80,7 +82,7 @@ class Recording:
         self._every = every if trace else 0
         self._trace = trace
         self._file = TraceFile(path, MAGIC)
-        self._kernel, self._notes = _kernel_exits(vcpus)  # after what may fail
+        self._kernel, self._notes = _kernel_exits(vcpus) if kernel else (None, [])  # after what may fail
         self._named: set[tuple[int, int]] = set()
         self._rest = 1
         self._alarm = loop.alarm(self._on_alarm)

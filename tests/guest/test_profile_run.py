@@ -157,3 +157,12 @@ def test_a_run_that_is_killed_leaves_a_beginning(image, tmp_path, seed):
     if exits.count == len(ports):
         assert counts == sorted(counts, reverse=True)
         assert counts[0] - counts[7] <= 1
+
+
+def test_what_kvm_handles_can_be_left_out(image, tmp_path):
+    """Then nothing is said of it either."""
+    profile = tmp_path / "profile"
+    assert run(command(image(MANY), "--profile", f"{profile},kernel=off")).returncode == 7
+    found = load(str(profile))
+    assert not found.exits.layer("kernel").rows
+    assert not any("KVM" in note for note in found.notes)
