@@ -68,7 +68,10 @@ class Trace:
         self._keys = keys
         self._spaces = spaces
         self._start = start_tick
-        self._index: dict[int, int] = {}
+        self._named: dict[tuple[int | None, int], int] = {}
+        self._numbers: dict[str, int] = {}
+        self._tables: dict[int, _Places] = {}
+        self._too_many = -1
         self.places: list[str] = []
         self._bases: dict[int, int] = {}
         base = 0
@@ -118,31 +121,46 @@ class Trace:
         Args:
             name: gives a place its name from RIP and CR3; several addresses may have the same one.
         """
-        by_name: dict[str, int] = {}
-        totals: dict[tuple[int, int], int] = {}
+        tallies: dict[int, _Tally] = {}
         for vcpu, records, row in self._records():
-            place = self._place_keys(records)
             sampled = records["rip"] != 0
             if not sampled.any():
                 continue
-            unique, inverse = np.unique(place[sampled], return_inverse=True)
-            for key in unique.tolist():
-                if key not in self._index:
-                    text = TOO_MANY if len(self._index) >= MOST_PLACES else name(*self._split(vcpu, key))
-                    if text == TOO_MANY and key not in self._index and len(self._index) >= MOST_PLACES:
-                        by_name.setdefault(text, len(by_name))
-                        continue
-                    self._index[key] = by_name.setdefault(text, len(by_name))
-            numbers = np.array([self._index.get(key, by_name.get(TOO_MANY, 0)) for key in unique.tolist()], np.int64)
-            pairs, counts = np.unique(row[sampled] << 32 | numbers[inverse.reshape(-1)], return_counts=True)
-            for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-                key = vcpu << 32 | pair >> 32, pair & 0xFFFFFFFF
-                totals[key] = totals.get(key, 0) + count
-        self.places = list(by_name)
+            keys = self._place_keys(records[sampled])
+            table = self._tables.setdefault(vcpu, _Places())
+            places = table.numbers(keys, -1)
+            unknown = places < 0
+            if unknown.any():
+                self._name_places(vcpu, np.unique(keys[unknown]), name)
+                places = table.numbers(keys, self._too_many)
+            tallies.setdefault(vcpu, _Tally()).add(row[sampled] << 32 | places)
         found: dict[tuple[int, int], dict[str, int]] = {}
-        for (where, place_number), count in totals.items():
-            found.setdefault((where >> 32, where & 0xFFFFFFFF), {})[self.places[place_number]] = count
+        for vcpu, tally in tallies.items():
+            pairs, counts = tally.sums()
+            for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+                found.setdefault((vcpu, pair >> 32), {})[self.places[pair & 0xFFFFFFFF]] = count
         return found
+
+    def _name_places(self, vcpu: int, keys: NDArray[np.uint64], name: Callable[[int, int], str]) -> None:
+        """Give places their names, as long as there are not too many."""
+        kept, numbers = [], []
+        for key in keys.tolist():
+            whose = None if key >> 63 else vcpu  # the numbers of address spaces are a vCPU's own
+            number = self._named.get((whose, key))
+            if number is None:
+                if len(self._named) >= MOST_PLACES:
+                    self._too_many = self._number_of(TOO_MANY)
+                    continue
+                number = self._named[whose, key] = self._number_of(name(*self._split(vcpu, key)))
+            kept.append(key)
+            numbers.append(number)
+        self._tables[vcpu].add(np.array(kept, np.uint64), np.array(numbers, np.int64))
+
+    def _number_of(self, text: str) -> int:
+        number = self._numbers.setdefault(text, len(self.places))
+        if number == len(self.places):
+            self.places.append(text)
+        return number
 
     @staticmethod
     def _place_keys(records: NDArray[Any]) -> NDArray[np.uint64]:
@@ -167,14 +185,11 @@ class Trace:
     def chunks(self, ns_per_tick: float) -> Iterator[TraceChunk]:
         """Iterate over the exits; rows are numbered through all vCPUs, `sample` has been called."""
         start = np.uint64(self._start)
-        too_many = self.places.index(TOO_MANY) if TOO_MANY in self.places else -1
         for vcpu, records, row in self._records():
             sampled = records["rip"] != 0
             place = np.full(len(records), -1, np.int64)
-            if sampled.any():
-                unique, inverse = np.unique(self._place_keys(records)[sampled], return_inverse=True)
-                numbers = np.array([self._index.get(key, too_many) for key in unique.tolist()], np.int64)
-                place[sampled] = numbers[inverse.reshape(-1)]
+            if vcpu in self._tables and sampled.any():
+                place[sampled] = self._tables[vcpu].numbers(self._place_keys(records[sampled]), self._too_many)
             yield TraceChunk(
                 vcpu,
                 (records["tick"] - start).astype(np.float64) * np.float64(ns_per_tick),
@@ -201,6 +216,49 @@ def _buckets(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
     power = np.maximum(power, 4)
     wide = (power - 3) * 16 + (ticks >> (power - 4) & 15)
     return np.minimum(np.where(ticks < 16, ticks, wide), BUCKETS - 1)
+
+
+class _Places:
+    """The numbers of one vCPU's places, found for whole arrays."""
+
+    def __init__(self) -> None:
+        self._keys: NDArray[np.uint64] = np.zeros(1, np.uint64)  # no place is 0, and something is always there
+        self._found: NDArray[np.int64] = np.zeros(1, np.int64)
+
+    def add(self, keys: NDArray[np.uint64], numbers: NDArray[np.int64]) -> None:
+        """Take the numbers of more."""
+        order = np.argsort(merged := np.concatenate((self._keys, keys)))
+        self._keys, self._found = merged[order], np.concatenate((self._found, numbers))[order]
+
+    def numbers(self, keys: NDArray[np.uint64], otherwise: int) -> NDArray[np.int64]:
+        """Return the number of each; `otherwise` of those that have none."""
+        at = np.searchsorted(self._keys, keys, side="right") - 1
+        return np.where(self._keys[at] == keys, self._found[at], otherwise)
+
+
+class _Tally:
+    """Counts numbers."""
+
+    LARGE: Final = 1 << 20
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        self._length = 0
+
+    def add(self, numbers: NDArray[np.int64]) -> None:
+        """Count these."""
+        unique, counts = np.unique(numbers, return_counts=True)
+        self._parts.append((unique, counts))
+        self._length += len(unique)
+        if self._length > self.LARGE:
+            self._parts = [self.sums()]
+            self._length = len(self._parts[0][0]) // 2  # so that a large sum is not made over and over
+
+    def sums(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the numbers, each once, and how often they were counted."""
+        numbers, counts = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        unique, inverse = np.unique(numbers, return_inverse=True)
+        return unique, np.bincount(inverse.reshape(-1), counts).astype(np.int64)
 
 
 class _Sums:

@@ -130,6 +130,35 @@ def test_user_places_are_named_by_their_space_kernel_places_by_address_alone():
     ]
 
 
+def test_the_numbers_of_address_spaces_are_a_vcpus_own():
+    """Number 1 is one process on vCPU 0 and another on vCPU 1: the same address there is another place."""
+    user, kernel = record(1, 0, 1, rip=0x401000, space=1), record(2, 0, 1, rip=KERNEL, space=1)
+    made = trace_of(
+        (0, [user, kernel]), (1, [user, kernel]), keys={0: [OUT], 1: [OUT]}, spaces={0: [0x1000], 1: [0x2000]}
+    )
+    asked = []
+    found = made.sample(lambda rip, cr3: asked.append(rip) or f"{cr3:#x}")
+    assert found == {(0, 0): {"0x1000": 1, "0x0": 1}, (1, 0): {"0x2000": 1, "0x0": 1}}
+    assert sorted(asked) == [0x401000, 0x401000, KERNEL]
+    assert [[made.places[place] for place in chunk.place.tolist()] for chunk in made.chunks(1.0)] == [
+        ["0x1000", "0x0"],
+        ["0x2000", "0x0"],
+    ]
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=20), max_size=6))
+def test_places_are_counted_exactly(chunks):
+    """A place's count by row is that of the records, however they are divided; RIP 0 is none."""
+    made = trace_of(*[(0, [record(n + 1, row, 1, rip=rip) for n, (row, rip) in enumerate(some)]) for some in chunks])
+    expected = {}
+    for row, rip in (pair for some in chunks for pair in some if pair[1]):
+        expected.setdefault((0, row), {}).setdefault(str(rip // 3), 0)
+        expected[0, row][str(rip // 3)] += 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_module._Tally, "LARGE", 4)
+        assert made.sample(lambda rip, cr3: str(rip // 3)) == expected
+
+
 def test_addresses_of_one_function_are_one_place():
     records = [record(n + 1, 0, 1, rip=KERNEL + n) for n in range(20)]
     made = trace_of((0, records))
