@@ -109,9 +109,10 @@ def lost(path: str, exits: int) -> int:
         CannotRunError: fewer were even counted than there were.
     """
     profile = load(path)
-    if profile.exits.count < exits:
-        raise CannotRunError(f"only {profile.exits.count} of {exits} exits were counted")
-    return profile.exits.count - sum(len(chunk.row) for chunk in profile.trace())
+    counted = profile.exits.layer("user").count
+    if counted < exits:
+        raise CannotRunError(f"only {counted} of {exits} exits were counted")
+    return counted - sum(len(chunk.row) for chunk in profile.trace())
 
 
 def measure_reading(settings: Settings, name: str) -> list[Row]:
