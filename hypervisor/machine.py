@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from devices.virtio.balloon import Balloon
     from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
+    from hypervisor.control import Control
     from hypervisor.profile.exits import Exits
     from hypervisor.profile.live import LiveExits
     from hypervisor.profile.model import Profile
@@ -76,6 +79,7 @@ class Machine:
         self._clock: Clock | None = None
         self._live: LiveExits | None = None
         self._recording: Recording | None = None
+        self._control: Control | None = None
         self.profile_trouble = ""
         self._software_kvm = is_software_kvm()
         cpuid.parse(config.cpu)  # the user's mistakes before the host's
@@ -299,6 +303,8 @@ class Machine:
         if self._virtio is not None:
             self._virtio.stop()
         self.loop.close()
+        if self._control is not None:
+            self._control.close()
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -395,6 +401,36 @@ class Machine:
 
     def _facts(self) -> dict[str, object]:
         return {"kernel": self.boot_plan.kind, "cpus": self.config.cpus, "ram_mib": self.config.ram_mib}
+
+    def publish(self, name: str) -> None:
+        """Let this user's `hv top`, and `hypervisor.profile.live_client`, find the machine by a name. Before `start`.
+
+        Raises:
+            ConfigError: a living machine has this name, or it is none.
+            HostError: the host does not let us.
+        """
+        from hypervisor.control import Control  # noqa: PLC0415 - for those who ask
+
+        kernel = self.config.kernel
+        facts = {
+            "name": name,
+            "pid": os.getpid(),
+            "id": f"{os.getpid()}-{time.time_ns()}",
+            "kernel": "" if isinstance(kernel, bytes) else os.path.basename(os.fspath(kernel)),
+            "cpus": self.config.cpus,
+            "ram_mib": self.config.ram_mib,
+        }
+
+        def answer(kind: str) -> dict[str, Any]:
+            from hypervisor.profile.forms import form  # noqa: PLC0415 - for those who look
+            from hypervisor.profile.live import profile_of  # noqa: PLC0415 - the same
+
+            live = self._exits()  # this is the loop's thread, for which a vCPU may be waiting: it waits for none
+            return form(kind, live, facts, lambda: profile_of(live, self._vm, self._facts(), wait=False))
+
+        if self._control is not None:
+            raise ConfigError(f"the machine is known as {self._control.name!r} already")
+        self._control = Control(self.loop, name, answer)
 
     # --- ending -------------------------------------------------------------------------------------------------------
 

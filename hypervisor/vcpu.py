@@ -54,6 +54,7 @@ class Vcpu:
         self._end = end
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], None]] = deque()
+        self._is_opening_stats = False
         self._pausing = False
         self._ending = False
         self._parked = False
@@ -138,6 +139,24 @@ class Vcpu:
     def stats(self) -> dict[str, int]:
         """Return KVM's own counters; a running vCPU leaves the guest for a moment at the first call, not later."""
         return self.handle.stats() if self.handle.has_open_stats else self.call(self.handle.stats)
+
+    def open_stats(self) -> bool:
+        """Tell whether `stats` would wait for nobody; if not, have the vCPU see to it soon."""
+        if self.handle.has_open_stats or not self._is_running():
+            return True
+        if not self._is_opening_stats:
+            self._is_opening_stats = True
+            with self._changed:
+                self._jobs.append(self._open_stats)
+                self._changed.notify_all()
+            self.handle.kick()
+        return False
+
+    def _open_stats(self) -> None:
+        try:
+            self.handle.stats()
+        except Exception:  # noqa: BLE001, S110 - to be looked at shall not end a machine: nobody gets to know them
+            pass
 
     def is_polling(self, port: int) -> bool:
         """Tell whether the last exits, as far as they are recorded, were nothing but reads of `port`."""

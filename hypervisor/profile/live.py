@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hypervisor.kvm.recorder import RawRow
     from hypervisor.vcpu import Vcpu
 
-__all__ = ["LiveExits", "TextMarks", "profile_of", "row_of", "rows_of", "times_of"]
+__all__ = ["LiveExits", "TextMarks", "counted", "profile_of", "row_of", "rows_of", "times_of"]
 
 PORTS: Final = {PIO_IN, PIO_OUT}
 DIRECTIONS: Final = {PIO_IN: "in", MMIO_READ: "in", PIO_OUT: "out", MMIO_WRITE: "out"}
@@ -34,11 +34,18 @@ MOST_MARK_BYTES: Final = 16 << 20
 """What marks may take, packed: a guest decides how many there are."""
 
 
+def counted(words: memoryview) -> dict[int, int]:
+    """Return the buckets of a histogram that are not empty; few of them are, and all next to each other."""
+    data = bytes(words)
+    low = (len(data) - len(data.lstrip(b"\0"))) // 8
+    high = (len(data.rstrip(b"\0")) + 7) // 8
+    return {bucket: count for bucket, count in enumerate(words[low:high].tolist(), low) if count}
+
+
 def histogram_of(raw: tuple[int, int, memoryview], ns_per_tick: float) -> Histogram:
     """Return a histogram that C keeps as a value."""
     total, largest, words = raw
-    buckets = {bucket: count for bucket, count in enumerate(words.tolist()) if count}
-    return Histogram(buckets, total, largest, ns_per_tick=ns_per_tick)
+    return Histogram(counted(words), total, largest, ns_per_tick=ns_per_tick)
 
 
 def rows_of(
@@ -122,6 +129,22 @@ class LiveExits:
         """Whether exits of this kind are accesses to an address of their own."""
         return kind in DIRECTIONS and address != ELSEWHERE
 
+    def direction(self, kind: int) -> str | None:
+        """Return "in" or "out" for a kind of access, None for exits that are none."""
+        return DIRECTIONS.get(kind)
+
+    def halted_ns(self, vcpu: int, run_ns: int) -> int | None:
+        """Return how long a vCPU has been halted, from its time in KVM_RUN; None where that is not known, or not yet.
+
+        Waits for nobody.
+        """
+        one = self._vcpus[vcpu]
+        return halted_ns(one.stats(), run_ns) if one.open_stats() else None
+
+    def raw_rows(self) -> list[list[RawRow]]:
+        """Return each vCPU's rows as C keeps them."""
+        return [[row for row in raw_rows(vcpu.handle.recorded_rows()) if row.exits] for vcpu in self._vcpus]
+
     def rows_in(self, data: bytes) -> list[RawRow]:
         """Take apart what `Vcpu.recorded_rows` returned."""
         return raw_rows(data)
@@ -150,9 +173,14 @@ class LiveExits:
         """How many vCPUs there are."""
         return len(self._vcpus)
 
-    def counters(self, vm: Vm) -> dict[str, dict[str, int]]:
-        """Return KVM's own counters, by "vm", "vcpu0" and so on; without those that this kernel does not have."""
-        found = {"vm": vm.stats()} | {f"vcpu{vcpu.index}": vcpu.stats() for vcpu in self._vcpus}
+    def counters(self, vm: Vm, *, wait: bool = True) -> dict[str, dict[str, int]]:
+        """Return KVM's own counters, by "vm", "vcpu0" and so on; without those that this kernel does not have.
+
+        The first time each vCPU has to leave the guest for them; with wait=False that is not waited for, and those
+        that are not there yet are left out.
+        """
+        vcpus = [vcpu for vcpu in self._vcpus if vcpu.open_stats() or wait]
+        found = {"vm": vm.stats()} | {f"vcpu{vcpu.index}": vcpu.stats() for vcpu in vcpus}
         return {name: values for name, values in found.items() if values}
 
     @property
@@ -186,10 +214,10 @@ def times_of(vcpu: int, rows: Sequence[ExitRow], stats: Mapping[str, int]) -> Vc
     )
 
 
-def profile_of(live: LiveExits, vm: Vm, facts: Mapping[str, Any]) -> Profile:
-    """Return a running machine's profile up to now; `facts` are for `Profile.info`."""
+def profile_of(live: LiveExits, vm: Vm, facts: Mapping[str, Any], *, wait: bool = True) -> Profile:
+    """Return a running machine's profile up to now; `facts` are for `Profile.info`, `wait` is for `counters`."""
     exits = live.exits()
-    kvm = live.counters(vm)
+    kvm = live.counters(vm, wait=wait)
     return Profile(
         info=facts,
         wall_ns=live.clock.now_ns(),
