@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hypervisor.cli.hostconsole import KINDS, HostConsole
 from hypervisor.config import MachineConfig
-from hypervisor.errors import ConfigError
+from hypervisor.errors import ConfigError, HostError
 from hypervisor.images import is_name
 from hypervisor.machine import Machine
 from hypervisor.outcome import Outcome, Stop
@@ -64,6 +64,7 @@ RUN_KEYS: Final[dict[str, Any]] = {
     "profile": str,
     "mark_port": int,
     "mark_text": str,
+    "name": str,
 }
 """Keys of a configuration file beside those of MachineConfig."""
 
@@ -100,6 +101,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--vsock", metavar="CID,path=SOCKET", help="a vsock device, its host side on a unix socket")
     add("--balloon", nargs="?", const=True, metavar="MIB", help="a memory balloon")
     add("--virtio", metavar="BUS", help="what the guest finds all these by: pci (default) or mmio")
+    add("--name", metavar="NAME", help="what `hv top` calls it (default: the kernel's name and the process's number)")
     add("--console", metavar="WHERE", help=f"{KINDS} (default stdio)")
     add("--profile", metavar="FILE[,...]", help="record every exit in FILE, for `hv profile report`; see below")
     add("--mark-port", type=_number, metavar="PORT", help="bytes that the guest writes to this port mark its phases")
@@ -225,6 +227,7 @@ def run(options: argparse.Namespace) -> int:
     console = HostConsole(settings["console"])
     try:
         with Machine(config) as machine:
+            _publish(machine, settings["name"])
             _watch(machine, settings)
             console.enter_raw_mode()
             console.attach(machine)
@@ -241,6 +244,19 @@ def run(options: argparse.Namespace) -> int:
     if machine.profile_trouble:
         print(f"hv: {machine.profile_trouble}", file=sys.stderr)
     return outcome.status
+
+
+def _publish(machine: Machine, name: str | None) -> None:
+    """Let `hv top` find the machine; without a name that was asked for it runs all the same where that cannot be."""
+    from hypervisor.control import default_name
+
+    if name is not None:
+        machine.publish(name)
+        return
+    try:
+        machine.publish(default_name(machine.config.kernel))
+    except HostError:
+        pass  # no folder for sockets
 
 
 def _watch(machine: Machine, settings: dict[str, Any]) -> None:
