@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hypervisor.profile.histogram import Histogram
     from hypervisor.profile.model import Profile
 
-__all__ = ["BOUNDS_NS", "render"]
+__all__ = ["BOUNDS_NS", "ProfileCollector", "render"]
 
 BOUNDS_NS: Final = tuple(1 << power for power in range(8, 31))
 """Upper bounds of the handler times' buckets: 256 ns to 1.07 s."""
@@ -31,14 +31,15 @@ def render(profile: Profile) -> bytes:
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(profile))
+    registry.register(ProfileCollector(profile))
     return bytes(generate_latest(registry))
 
 
-class _Collector:
+class ProfileCollector:
     """What the library asks for a profile's metrics."""
 
     def __init__(self, profile: Profile) -> None:
+        """Collect from `profile`."""
         self._profile = profile
 
     def describe(self) -> list[Metric]:
