@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import argparse
     from types import FrameType
 
+    from hypervisor.profile.metrics import MetricsServer
+
 SUMMARY: Final = "run a guest, its console on this terminal"
 DESCRIPTION: Final = """\
 Run a guest on KVM. KERNEL is a bzImage, an ELF vmlinux (64-bit entry or PVH), a multiboot image, a flat binary, or the
@@ -50,6 +52,8 @@ profile:
          histograms, no single exits; kernel=off leaves out what KVM handles itself, which takes root and tracefs
   hv run debian --profile boot.hvprof --mark-text "Run /init"
   hv profile report boot.hvprof
+  --profile-metrics PORT | HOST:PORT | unix=PATH   counters of the running machine at http://127.0.0.1:PORT/metrics, in
+                                          Prometheus' format; port 0 takes one that is free. `hv top` needs no option.
 
 exit status: 0 power-off, reset or halt; 2 bad usage, configuration or image; 3 the host cannot; 4 the guest died
 (triple fault, kernel panic, KVM internal error); 5 a fault of hv; 124 timeout; 128+N signal N; else the guest's own.
@@ -62,6 +66,7 @@ RUN_KEYS: Final[dict[str, Any]] = {
     "log_level": str,
     "log_format": str,
     "profile": str,
+    "profile_metrics": (str, int),
     "mark_port": int,
     "mark_text": str,
     "name": str,
@@ -104,6 +109,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--name", metavar="NAME", help="what `hv top` calls it (default: the kernel's name and the process's number)")
     add("--console", metavar="WHERE", help=f"{KINDS} (default stdio)")
     add("--profile", metavar="FILE[,...]", help="record every exit in FILE, for `hv profile report`; see below")
+    add(
+        "--profile-metrics",
+        metavar="WHERE",
+        help="serve metrics for Prometheus: PORT, HOST:PORT or unix=PATH; see below",
+    )
     add("--mark-port", type=_number, metavar="PORT", help="bytes that the guest writes to this port mark its phases")
     add("--mark-text", metavar="REGEX", help="lines of the console that match mark the guest's phases")
     add("--timeout", type=float, metavar="SECONDS", help="end the guest after this time, with status 124")
@@ -234,8 +244,7 @@ def run(options: argparse.Namespace) -> int:
             signals = Signals(machine)
             try:
                 gc.enable()  # from here on the process lives long; see hypervisor.cli.command
-                machine.start()
-                outcome = _wait(machine, settings["timeout"])
+                outcome = _run(machine, settings)
             finally:
                 signals.restore()
     finally:
@@ -268,6 +277,30 @@ def _watch(machine: Machine, settings: dict[str, Any]) -> None:
     if settings["profile"] is not None:
         path, options = parse_profile(settings["profile"])
         machine.record(path, **options)
+
+
+def _metrics(machine: Machine, where: str | int | None) -> MetricsServer | None:
+    """Listen for scrapers if that was asked for."""
+    if where is None:
+        return None
+    from hypervisor.profile.metrics import MetricsServer
+
+    server = MetricsServer(machine.profile, where)
+    if str(where).endswith(":0") or str(where) == "0":
+        print(f"hv: metrics are at {server.url}", file=sys.stderr, flush=True)
+    return server
+
+
+def _run(machine: Machine, settings: dict[str, Any]) -> Outcome:
+    metrics = _metrics(machine, settings["profile_metrics"])
+    try:
+        machine.start()
+        if metrics is not None:
+            metrics.start()
+        return _wait(machine, settings["timeout"])
+    finally:
+        if metrics is not None:
+            metrics.close()
 
 
 def _get_kernel(name: str) -> None:
