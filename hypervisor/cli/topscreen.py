@@ -32,15 +32,15 @@ MACHINES: Final = (
 )
 EXITS: Final = (
     Column("reason", "REASON", 6, 16, 1, is_right=False, sort_name="reason", is_number=False),
-    Column("device", "DEVICE", 8, 20, 0, is_right=False, sort_name="device", is_number=False),
+    Column("device", "DEVICE", 10, 20, 0, is_right=False, sort_name="device", is_number=False),
     Column("register", "REGISTER", 8, 28, 2, is_right=False, sort_name="register", is_number=False),
     Column("direction", "DIR", 5, 5, 6, is_right=False, sort_name="direction", is_number=False),
-    Column("per_s", "EXITS/S", 8, 8, 0, sort_name="exits/s"),
+    Column("per_s", "EXITS/S", 7, 7, 0, sort_name="exits/s"),
     Column("p50", "P50", 7, 7, 5, sort_name="p50"),
     Column("p99", "P99", 7, 7, 4, sort_name="p99"),
     Column("share", "% VMM", 5, 5, 3, sort_name="share of VMM time"),
     Column("count", "TOTAL", 7, 7, 8, sort_name="total"),
-    Column("spark", "LAST MIN", 8, 60, 7, is_right=False),
+    Column("spark", "MINUTE", 6, 60, 7, is_right=False),
 )
 HELP: Final = """\
  up, down, page up, page down   select a row
@@ -56,7 +56,7 @@ HELP: Final = """\
  DIR       in: the guest reads; out: it writes; bytes of an access
  P50, P99  times from an exit to the next entry, in the last interval
  % VMM     of the time in hv's handlers, how much was for these exits
- LAST MINUTE  exits a second; each line to its own largest"""
+ LAST MINUTE, MINUTE   exits a second; each line to its own largest"""
 SLOW: Final = 50.0
 BUSY: Final = 20.0
 
