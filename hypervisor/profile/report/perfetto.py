@@ -217,8 +217,10 @@ class _Slices:
         times = np.stack((begin, begin, end, end), axis=1).reshape(-1)
 
         place_count = len(self._profile.places) + 1
-        kinds, kind_of = np.unique(piece.row * place_count + piece.place + 1, return_inverse=True)
-        middle = [self._exit_kind(piece.vcpu, *divmod(int(kind), place_count)) for kind in kinds]
+        kind = piece.row * place_count + piece.place + 1
+        kinds = np.unique(kind)  # not its inverse, too: numpy sorts for that wrongly on processors of QEMU's TCG
+        kind_of = np.searchsorted(kinds, kind)
+        middle = [self._exit_kind(piece.vcpu, *divmod(one, place_count)) for one in kinds.tolist()]
         templates = [self._frame(self._packet(piece.vcpu, "TYPE_SLICE_END")), self._guest_kind(piece.vcpu), *middle]
         numbers = np.tile(np.array((0, 0, 0, 1), np.int64), len(begin))
         numbers[1::4] = kind_of.reshape(-1) + 2
