@@ -34,9 +34,9 @@ def print_error(error: BaseException) -> None:
     link: BaseException | None = error
     while link is not None:
         text = str(link) or type(link).__name__
-        known = getattr(link, "strerror", None) or text  # an OSError's own text repeats the path
+        known = getattr(link, "strerror", None) or text  # an OSError's own text repeats number and path
         if not any(known in part for part in parts):
-            parts.append(text)
+            parts.append(known if parts else text)
         link = link.__cause__
     print(f"hv: {': '.join(parts)}", file=sys.stderr)
     hint = getattr(error, "hint", None)

@@ -5,6 +5,7 @@ import sys
 
 from hypervisor import cli
 from hypervisor.cli import check
+from hypervisor.errors import HostError
 
 
 def test_a_fault_of_ours_is_5_with_its_traceback(monkeypatch, capsys):
@@ -34,3 +35,11 @@ def test_a_binding_that_was_never_built_is_named():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 3
     assert result.stderr.splitlines() == ["hv: the binding to KVM has not been built", "    scripts/setup builds it"]
+
+
+def test_a_cause_adds_what_is_new(capsys):
+    """An OSError's own text has a number and the path again."""
+    error = HostError("cannot write out.hvprof")
+    error.__cause__ = OSError(2, "No such file or directory", "out.hvprof")
+    cli.print_error(error)
+    assert capsys.readouterr().err == "hv: cannot write out.hvprof: No such file or directory\n"
