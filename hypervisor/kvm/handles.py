@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hypervisor.kvm.ring import ByteRing
 
 MAX_CPUID_ENTRIES: Final = 256
+MAX_MSRS: Final = 1024
 MAX_WINDOWS: Final = 256
 MAX_RINGS: Final = lib.HV_RINGS
 IOAPIC_PINS: Final = 24
@@ -74,6 +75,13 @@ class Kvm:
         control(self._fd, lib.KVM_GET_SUPPORTED_CPUID, table)
         return [Entry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0 : table.nent]]
 
+    def msr_indices(self) -> list[int]:
+        """Return the MSRs that KVM says make up a vCPU's state (KVM_GET_MSR_INDEX_LIST); MTRRs are not among them."""
+        table = ffi.new("struct kvm_msr_list *", {"indices": MAX_MSRS})
+        table.nmsrs = MAX_MSRS
+        control(self._fd, lib.KVM_GET_MSR_INDEX_LIST, table)
+        return list(table.indices[0 : table.nmsrs])
+
     def create_vm(self) -> Vm:
         """Make an empty VM."""
         fd = control_value(self._fd, lib.KVM_CREATE_VM, 0)
@@ -81,7 +89,13 @@ class Kvm:
 
 
 class Vm:
-    """A VM handle: its memory slots, interrupt controllers and vCPUs, and the table that the run loop decodes by."""
+    """A VM handle: its memory slots, interrupt controllers and vCPUs, and the table that the run loop decodes by.
+
+    Attributes:
+        vcpus: in the order in which they were made.
+        has_irqchip: the kernel has PIC, IOAPIC and LAPICs.
+        has_pit: the kernel has the 8254.
+    """
 
     def __init__(self, fd: int, run_size: int) -> None:
         """Take over the VM's file descriptor."""
@@ -92,6 +106,16 @@ class Vm:
         self._rings: list[ByteRing] = []
         self._stats = Stats(fd)
         self.vcpus: list[Vcpu] = []
+        self.has_irqchip = False
+        self.has_pit = False
+
+    def fileno(self) -> int:
+        """Return the file descriptor, for `hypervisor.kvm.state`."""
+        return self._fd
+
+    def check_extension(self, capability: int) -> int:
+        """Return what KVM_CHECK_EXTENSION says of a KVM_CAP_ number for this VM: 0 means absent."""
+        return control_value(self._fd, lib.KVM_CHECK_EXTENSION, capability)
 
     def close(self) -> None:
         """Close the vCPUs, then the VM. Guest memory may be unmapped afterwards."""
@@ -126,12 +150,14 @@ class Vm:
     def create_irqchip(self) -> None:
         """Make the in-kernel PIC, IOAPIC and (with each vCPU) LAPIC; to be called before the first vCPU is made."""
         control_value(self._fd, lib.KVM_CREATE_IRQCHIP)
+        self.has_irqchip = True
 
     def create_pit(self) -> None:
         """Make the in-kernel 8254, with port 0x61."""
         pit = ffi.new("struct kvm_pit_config *")
         pit.flags = lib.KVM_PIT_SPEAKER_DUMMY
         control(self._fd, lib.KVM_CREATE_PIT2, pit)
+        self.has_pit = True
 
     def irq_input(self, gsi: int) -> IrqInput:
         """Return input `gsi` of the in-kernel interrupt controllers."""

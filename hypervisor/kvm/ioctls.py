@@ -7,7 +7,7 @@ from typing import Any, Final
 from hypervisor.errors import KvmError
 from hypervisor.kvm._kvm import ffi, lib
 
-OTHERS: Final = {"KVM_CHECK_EXTENSION", "KVM_IOEVENTFD", "KVM_IRQFD", "KVM_IRQ_LINE"}
+OTHERS: Final = {"KVM_CHECK_EXTENSION", "KVM_IOEVENTFD", "KVM_IRQFD", "KVM_IRQ_LINE", "KVM_KVMCLOCK_CTRL"}
 
 
 def refusal(request: int, errno: int) -> KvmError:

@@ -23,6 +23,10 @@ EXIT: Final[int] = lib.HV_EXIT
 INTERRUPTED: Final[int] = lib.HV_INTERRUPTED
 FAILED: Final[int] = lib.HV_FAILED
 
+ACCESSES: Final = (PIO_IN, PIO_OUT, MMIO_READ, MMIO_WRITE)
+PENDING: Final = (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO)
+"""Exits that KVM completes at the next KVM_RUN."""
+
 EXIT_UNKNOWN: Final[int] = lib.KVM_EXIT_UNKNOWN
 EXIT_HLT: Final[int] = lib.KVM_EXIT_HLT
 EXIT_INTR: Final[int] = lib.KVM_EXIT_INTR
@@ -68,6 +72,31 @@ class Segment(NamedTuple):
     g: int = 0
     avl: int = 0
     unusable: int = 0
+
+
+def special_values(sregs: Any) -> dict[str, int | Segment]:
+    """Return the fields of a kvm_sregs or kvm_sregs2 by name, as `Vcpu.special_registers` does."""
+    values: dict[str, int | Segment] = {name: getattr(sregs, name) for name in CONTROL_REGISTERS}
+    for name in SEGMENT_REGISTERS:
+        segment = getattr(sregs, name)
+        values[name] = Segment(*(getattr(segment, field) for field in Segment._fields))
+    for name in ("gdt", "idt"):
+        values[name + "_base"] = getattr(sregs, name).base
+        values[name + "_limit"] = getattr(sregs, name).limit
+    return values
+
+
+def fill_special(sregs: Any, values: Mapping[str, int | Segment]) -> None:
+    """Set the named fields of a kvm_sregs or kvm_sregs2."""
+    for name, value in values.items():
+        if isinstance(value, Segment):
+            target = getattr(sregs, name)
+            for field, number in zip(Segment._fields, value, strict=True):
+                setattr(target, field, number)
+        elif name.startswith(("gdt_", "idt_")):
+            setattr(getattr(sregs, name[:3]), name[4:], value)
+        else:
+            setattr(sregs, name, value)
 
 
 class ExitRecord(NamedTuple):
@@ -128,6 +157,38 @@ class Vcpu:
         """Make `enter` return INTERRUPTED, now or at its next call. Never lost, from any thread."""
         if self._c != ffi.NULL:
             lib.hv_vcpu_kick(self._c)
+
+    def fileno(self) -> int:
+        """Return the file descriptor, for `hypervisor.kvm.vcpu_state`."""
+        return self._fd
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the guest is between two instructions: no access of its is half done (see `settle`)."""
+        return self._c.reason not in PENDING
+
+    def settle(self, wanted: int, answer: Callable[[int], int]) -> int:
+        """Finish the access that `enter` returned, without running the guest any further.
+
+        KVM completes an instruction only at the next KVM_RUN: until then RIP still points to it, the value of a read is
+        not in its register, and the rest of a string instruction waits in the run loop.
+
+        Args:
+            wanted: what `enter` returned last; 0 if that was a write which has been done, or nothing.
+            answer: does what an access asks for, given a number as `enter` returns it, and returns a read's value.
+                Called for each access that is left of the instruction.
+
+        Returns:
+            INTERRUPTED; FAILED or EXIT, as `enter` does, when KVM cannot complete the instruction.
+        """
+        reply = 0
+        while True:
+            if wanted & 0xFF in ACCESSES:
+                reply = answer(wanted)
+            self.kick()  # KVM_RUN completes what is pending, then sees immediate_exit and returns
+            wanted = self.enter(reply)
+            if wanted & 0xFF not in ACCESSES:
+                return wanted
 
     @property
     def mmio_address(self) -> int:
@@ -234,28 +295,13 @@ class Vcpu:
         """Return segment, control and table registers; gdt and idt as gdt_base, gdt_limit, idt_base, idt_limit."""
         sregs = ffi.new("struct kvm_sregs *")
         control(self._fd, lib.KVM_GET_SREGS, sregs)
-        values: dict[str, int | Segment] = {name: getattr(sregs, name) for name in CONTROL_REGISTERS}
-        for name in SEGMENT_REGISTERS:
-            segment = getattr(sregs, name)
-            values[name] = Segment(*(getattr(segment, field) for field in Segment._fields))
-        for name in ("gdt", "idt"):
-            values[name + "_base"] = getattr(sregs, name).base
-            values[name + "_limit"] = getattr(sregs, name).limit
-        return values
+        return special_values(sregs)
 
     def set_special_registers(self, values: Mapping[str, int | Segment]) -> None:
         """Change the named special registers, the rest stays; names as `special_registers` gives them."""
         sregs = ffi.new("struct kvm_sregs *")
         control(self._fd, lib.KVM_GET_SREGS, sregs)
-        for name, value in values.items():
-            if isinstance(value, Segment):
-                target = getattr(sregs, name)
-                for field, number in zip(Segment._fields, value, strict=True):
-                    setattr(target, field, number)
-            elif name.startswith(("gdt_", "idt_")):
-                setattr(getattr(sregs, name[:3]), name[4:], value)
-            else:
-                setattr(sregs, name, value)
+        fill_special(sregs, values)
         control(self._fd, lib.KVM_SET_SREGS, sregs)
 
     def set_fpu_reset(self) -> None:
