@@ -1,0 +1,243 @@
+"""Machines whose KVM state and memory are carried into others: the guest must not be able to tell."""
+
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import carried
+import pytest
+from carried import carry, machine_of, put, take
+
+from hypervisor.host import is_software_kvm
+from hypervisor.kvm.state import from_plain
+
+pytestmark = pytest.mark.kvm
+
+SECONDS = 15
+"""How long each guest is carried about, again and again."""
+ENOUGH = 150
+"""Moves after which it is let go earlier."""
+
+RUNNABLE, UNINITIALIZED, INIT_RECEIVED, HALTED = range(4)  # KVM_MP_STATE_, KVM API 4.38
+TSC, TSC_DEADLINE = 0x10, 0x6E0
+TIMER_CURRENT, IRR = 0x390, 0x200  # SDM volume 3, table 11-1
+
+PERIODIC = {"kernel": "checksum"}
+DEADLINE = {"kernel": "checksum", "append": "3000000 1"}
+WORK = "20000" if is_software_kvm() else "3000000"
+SPINS = "30000" if is_software_kvm() else "30000000"
+"""Rounds of nothing that take a tenth of a second or more."""
+GUESTS = {
+    "periodic": PERIODIC,
+    "deadline": DEADLINE,
+    "threads": {"kernel": "preempt"},
+    "pit": {"kernel": "timer"},
+    "four": {"kernel": "late-ap", "cpus": 4, "append": WORK},
+    "ipi": {"kernel": "ipi", "cpus": 2},
+}
+
+
+def alone(settings):
+    with machine_of(settings) as machine:
+        status = machine.run(carried.TIMEOUT).status
+    return status, machine.console.output
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_carried_at_random_moments(name, capsys):
+    expected = alone(GUESTS[name])
+    assert expected[0] == 0
+    moves = runs = 0
+    end = time.monotonic() + SECONDS
+    while moves < ENOUGH and time.monotonic() < end:
+        status, output, moved = carry(GUESTS[name], seed=f"{name} {runs}", longest=0.02, most=20)
+        assert (status, output) == expected, f"seed {runs}"
+        moves += moved
+        runs += 1
+    assert moves >= runs, "it was hardly ever stopped"
+    with capsys.disabled():
+        print(f"\n{name}: {moves} moves in {runs} runs ", end="")
+
+
+@pytest.mark.parametrize("name", ["periodic", "deadline", "four"])
+def test_carried_into_another_process(name, tmp_path):
+    expected = alone(GUESTS[name])
+    with machine_of(GUESTS[name]) as machine:
+        machine.start()
+        time.sleep(0.02)
+        machine.pause()
+        assert machine.outcome is None
+        taken = take(machine)
+    path = tmp_path / "taken"
+    path.write_bytes(pickle.dumps((GUESTS[name], *taken)))
+    run = subprocess.run(
+        [sys.executable, str(Path(carried.__file__)), str(path)],
+        capture_output=True,
+        check=False,
+        timeout=2 * carried.TIMEOUT,
+    )
+    assert (run.returncode, run.stdout) == expected, run.stderr
+
+
+def stopped(settings, wanted):
+    """Return a machine that stands still at a moment of which `wanted`, given its plain state, says yes."""
+    machine = machine_of(settings)
+    machine.start()
+    while True:
+        time.sleep(0.001)
+        machine.pause()
+        if machine.outcome is not None:
+            machine.close()
+            raise AssertionError("there was no such moment")
+        plain, ram = take(machine)
+        if wanted(plain):
+            return machine, plain, ram
+        machine.resume()
+
+
+def goes_on(settings, wanted):
+    """Carry a guest away at such a moment, and check that it ends as an undisturbed one does."""
+    machine, plain, ram = stopped(settings, wanted)
+    machine.close()
+    with machine_of(settings) as other:
+        put(other, plain, ram)
+        status = other.run(carried.TIMEOUT).status
+    assert (status, machine.console.output + other.console.output) == alone(settings)
+
+
+def register(page, offset):
+    return int.from_bytes(page[offset : offset + 4], "little")
+
+
+def test_a_halted_processor_with_an_armed_timer():
+    goes_on({"kernel": "apic-timer"}, lambda plain: plain["vcpus"][0]["mp_state"] == HALTED)
+
+
+def test_a_halted_processor_with_an_armed_deadline():
+    def is_halted(plain):
+        vcpu = plain["vcpus"][0]
+        return vcpu["mp_state"] == HALTED and dict(vcpu["msrs"])[TSC_DEADLINE]
+
+    goes_on(DEADLINE, is_halted)
+
+
+def test_a_pending_interrupt():
+    """The guest has interrupts off, and vector 0x31 waits in the LAPIC."""
+
+    def waits(plain):
+        return register(plain["vcpus"][0]["lapic"], IRR + 0x10 * (0x31 // 32)) >> (0x31 % 32) & 1
+
+    goes_on({"kernel": "checksum", "append": f"1000 0 {SPINS}"}, waits)
+
+
+def test_a_processor_that_waits_for_its_start_up_ipi():
+    goes_on(GUESTS["four"], lambda plain: [vcpu["mp_state"] for vcpu in plain["vcpus"]][3] == INIT_RECEIVED)
+
+
+def test_processors_that_nobody_has_called_yet():
+    with machine_of(GUESTS["four"]) as machine:
+        plain, ram = take(machine)
+    assert [vcpu["mp_state"] for vcpu in plain["vcpus"]] == [RUNNABLE] + 3 * [UNINITIALIZED]
+    with machine_of(GUESTS["four"]) as other:
+        put(other, plain, ram)
+        status = other.run(carried.TIMEOUT).status
+    assert (status, other.console.output) == alone(GUESTS["four"])
+
+
+# --- a state is what was set ------------------------------------------------------------------------------------------
+
+
+def without_clocks(plain):
+    """Leave out what moves on by itself, each by its name."""
+    vm = plain["vm"] | {"clock": None, "pit": None}
+    vcpus = []
+    for vcpu in plain["vcpus"]:
+        page = bytearray(vcpu["lapic"])
+        page[TIMER_CURRENT : TIMER_CURRENT + 4] = bytes(4)
+        moving = {TSC}
+        msrs = [pair for pair in vcpu["msrs"] if pair[0] not in moving]
+        vcpus.append(vcpu | {"lapic": bytes(page), "msrs": msrs, "tsc_offset": None})
+    return {"vm": vm, "vcpus": vcpus}
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_saved_loaded_and_saved_again(name):
+    machine, plain, ram = stopped(GUESTS[name], lambda plain: plain["vcpus"][0]["registers"]["rip"] >= 0x100000)
+    machine.close()
+    for _attempt in range(10):  # a timer that fires in between leaves its interrupt in the second state
+        with machine_of(GUESTS[name]) as other:
+            loaded = put(other, plain, ram)
+            again, _ = take(other)
+        if without_clocks(again) == without_clocks(plain):
+            break
+    assert without_clocks(again) == without_clocks(plain)
+    assert loaded.refused == []
+    first, second = plain["vm"]["clock"]["guest_ns"], again["vm"]["clock"]["guest_ns"]
+    assert first < second < first + 2e9, "no time passed for the guest, but for the loading itself"
+    # the PIT's mode and count, channel 0, stay: struct kvm_pit_channel_state begins with the count
+    assert again["vm"]["pit"][:4] == plain["vm"]["pit"][:4]
+
+
+def test_plain_values_are_plain_and_whole():
+    def check(value):
+        if isinstance(value, dict):
+            assert all(type(key) is str for key in value)
+            value = list(value.values())
+        if type(value) is list:
+            for item in value:
+                check(item)
+        else:
+            assert type(value) in (int, bytes, type(None)), type(value)
+
+    machine, plain, _ = stopped(PERIODIC, lambda _plain: True)
+    machine.close()
+    check(plain)
+    assert carried.to_plain(from_plain(plain)) == plain
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_time_stands_still_or_goes_on():
+    machine, plain, ram = stopped(DEADLINE, lambda _plain: True)
+    machine.close()
+    time.sleep(0.5)
+    passed = {}
+    for advance in (False, True):
+        with machine_of(DEADLINE) as other:
+            put(other, plain, ram, advance=advance)
+            again, _ = take(other)
+            clock = again["vm"]["clock"]["guest_ns"] - plain["vm"]["clock"]["guest_ns"]
+            tsc = dict(again["vcpus"][0]["msrs"])[TSC] - dict(plain["vcpus"][0]["msrs"])[TSC]
+            passed[advance] = clock / 1e9, tsc / (1000 * plain["vcpus"][0]["tsc_khz"])
+    assert 0 < passed[False][0] < 0.4
+    assert passed[True][0] >= 0.5
+    if not is_software_kvm():  # where the guest's TSC is the host's, nothing can hold it
+        assert 0 < passed[False][1] < 0.4
+        assert passed[True][1] >= 0.5
+
+
+def test_what_saving_and_loading_cost(capsys):
+    """Printed, not asserted."""
+    rounds = 30
+    for name in ("periodic", "four"):
+        machine, plain, ram = stopped(GUESTS[name], lambda _plain: True)
+        saves, loads = [], []
+        try:
+            for _ in range(rounds):
+                before = time.perf_counter()
+                carried.save(machine._vm, carried.MSRS)
+                saves.append(time.perf_counter() - before)
+            state = from_plain(plain)
+            machine.memory.write(0, ram)
+            for _ in range(rounds):
+                before = time.perf_counter()
+                carried.load(machine._vm, state)
+                loads.append(time.perf_counter() - before)
+        finally:
+            machine.close()
+        with capsys.disabled():
+            print(f"\n{name}: save {median(saves) * 1e6:.0f} us, load {median(loads) * 1e6:.0f} us ", end="")
