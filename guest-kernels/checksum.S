@@ -1,7 +1,8 @@
-# summary: a checksum over all that a CPU holds, under a timer; it must come out the same however often the machine is
-#   stopped and carried elsewhere (numbers: N = 3000000 rounds; 1: the timer is the TSC deadline; rounds of nothing
-#   while an interrupt is pending)
+# summary: a checksum over all that a CPU holds, under a timer: the same however often the machine is carried elsewhere
 # build: multiboot
+#
+# Three numbers may be given: rounds (3000000), 1 for the TSC deadline instead of the periodic timer, and rounds of
+# nothing while an interrupt is pending (30000).
 #
 # Ring 3 mixes general, SSE and x87 registers, memory and a port in rounds. Ring 0 then adds the debug registers, sleeps
 # for five ticks of the timer, and leaves an interrupt pending for a while. The sum is printed in hexadecimal. Status 1:

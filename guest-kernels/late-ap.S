@@ -1,5 +1,4 @@
-# summary: four processors add up a sum, of which the last waits for its start-up IPI until the others are done (number:
-#   N = 20000 rounds each)
+# summary: four processors add up a sum, the last is started when the others are done (number: N = 20000 rounds each)
 # build: multiboot
 #
 # The sum, printed in hexadecimal, is the same in whatever order they come. Processor 3 gets its INIT at the beginning and

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hypervisor import cpu_features
 
-__all__ = ["Entry", "build", "parse"]
+__all__ = ["Entry", "Lack", "build", "lacks", "parse"]
 
 SIGNIFICANT_INDEX: Final = 1
 """KVM_CPUID_FLAG_SIGNIFCANT_INDEX: ECX selects among the entries of this leaf."""
@@ -45,6 +45,40 @@ class Entry(NamedTuple):
     ebx: int
     ecx: int
     edx: int
+
+
+FEATURE_WORDS: Final = {
+    (1, 0): ("ecx", "edx"),
+    (7, 0): ("ebx", "ecx", "edx"),
+    (7, 1): ("eax", "ebx", "ecx", "edx"),
+    (7, 2): ("edx",),
+    (0xD, 0): ("eax", "edx"),
+    (0xD, 1): ("eax", "ecx", "edx"),
+    (0x4000_0001, 0): ("eax",),
+    (0x8000_0001, 0): ("ecx", "edx"),
+    (0x8000_0007, 0): ("edx",),
+    (0x8000_0008, 0): ("ebx",),
+    (0x8000_000A, 0): ("edx",),
+    (0x8000_0021, 0): ("eax",),
+}
+"""Where a set bit is a feature that software may use (SDM volume 2A; AMD 25481; Linux kvm/x86/cpuid.rst)."""
+NOT_THE_HOSTS: Final = {
+    (1, 0, "ecx"): 1 << 31 | 1 << 27 | 1 << 24,  # hypervisor; OSXSAVE follows CR4; TSC deadline, see `build`
+    (1, 0, "edx"): 1 << 28,  # HTT: this machine's topology
+    (7, 0, "ecx"): 1 << 4,  # OSPKE follows CR4
+    (0x8000_0001, 0, "ecx"): 1 << 1,  # CmpLegacy: topology
+}
+"""Bits among them that say something of the machine or of the moment, and not of the host."""
+
+
+class Lack(NamedTuple):
+    """Features that a guest was given and a host does not offer: bits of one register of one leaf, and their names."""
+
+    function: int
+    subleaf: int
+    register: str
+    mask: int
+    names: tuple[str, ...]
 
 
 class _Table(dict[tuple[int, int], Entry]):
@@ -138,6 +172,34 @@ def build(  # noqa: PLR0913 - keyword-only; each is one fact of the host or of t
             table.change(0x4000_0001, eax=row.eax & ~HYPERCALL_FEATURES)
     _apply(table, supported, parse(spec), amd=amd)
     return [table[key] for key in sorted(table)]
+
+
+def lacks(table: Iterable[Entry], supported: Iterable[Entry]) -> list[Lack]:
+    """Return what a guest that was given `table` may be using and a host that offers `supported` does not have.
+
+    A bit without a name among the features of Linux is called by its number, as "bit 7".
+    """
+    offered = {(row.function, row.index): row for row in supported}
+    found = []
+    for row in table:
+        key = row.function, row.index
+        for register in FEATURE_WORDS.get(key, ()):
+            have = getattr(offered[key], register) if key in offered else 0
+            mask = getattr(row, register) & ~have & ~NOT_THE_HOSTS.get((*key, register), 0)
+            if mask:
+                found.append(Lack(*key, register, mask, _names(key, register, mask)))
+    return found
+
+
+def _names(key: tuple[int, int], register: str, mask: int) -> tuple[str, ...]:
+    from hypervisor import cpu_features  # noqa: PLC0415 - only a host that lacks something needs them
+
+    known: dict[int, str] = {}
+    for name, places in cpu_features.table().items():
+        for place in places:
+            if (place.function, place.subleaf, place.register) == (*key, register):
+                known.setdefault(place.bit, name)
+    return tuple(known.get(bit, f"bit {bit}") for bit in range(32) if mask >> bit & 1)
 
 
 def _id_bits(cpus: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypervisor import cpu_features
-from hypervisor.cpuid import Entry, build, parse
+from hypervisor.cpuid import Entry, Lack, build, lacks, parse
 from hypervisor.errors import ConfigError
 
 # What KVM_GET_SUPPORTED_CPUID said on an EPYC host (function, index, flags, eax, ebx, ecx, edx), without its leaves of
@@ -414,3 +414,36 @@ def test_any_machine_has_consistent_ids(cpus: int, data: st.DataObject) -> None:
     assert table[0xB, 1].edx == vcpu
     assert vcpu >> table[0xB, 1].eax == 0
     assert all(0 <= value < 1 << 32 for row in table.values() for value in row)
+
+
+# --- what a host lacks ------------------------------------------------------------------------------------------------
+
+
+def changed(table, function, **registers):
+    return [row._replace(**registers) if (row.function, row.index) == (function, 0) else row for row in table]
+
+
+def test_a_guest_lacks_nothing_on_the_host_that_made_it():
+    for vcpu in range(4):
+        assert lacks(build(AMD, vcpu=vcpu, cpus=4), AMD) == []
+
+
+def test_a_missing_feature_has_its_leaf_its_bit_and_its_name():
+    """AVX is bit 28 of ECX in leaf 1 (SDM volume 2A, CPUID); bit 16 there is reserved."""
+    ecx = 0x81202000
+    guest = changed(AMD, 1, ecx=ecx | 1 << 28 | 1 << 16)
+    assert lacks(guest, changed(AMD, 1, ecx=ecx)) == [Lack(1, 0, "ecx", 1 << 28 | 1 << 16, ("bit 16", "avx"))]
+
+
+def test_a_whole_leaf_may_be_missing():
+    """FSGSBASE is bit 0, BMI1 bit 3 of EBX in leaf 7 (SDM volume 2A, CPUID)."""
+    host = [row for row in AMD if row.function != 7]
+    found = {(lack.register, lack.mask) for lack in lacks(changed(AMD, 7, ebx=0b1001, ecx=0, edx=0), host)}
+    assert found == {("ebx", 0b1001)}
+
+
+def test_what_follows_the_machine_or_the_moment_is_nobodys_lack():
+    """Leaf 1: OSXSAVE (ECX 27), TSC deadline (24), hypervisor (31), HTT (EDX 28); leaf 7: OSPKE (ECX 4)."""
+    guest = changed(AMD, 1, ecx=0x81202000 | 1 << 27 | 1 << 24 | 1 << 31, edx=0x078BFBFF | 1 << 28)
+    guest = changed(guest, 7, ecx=0x104 | 1 << 4)
+    assert lacks(guest, changed(AMD, 1, ecx=0x01202000)) == []
