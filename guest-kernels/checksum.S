@@ -28,6 +28,7 @@
 .equ CR4_OSFXSR, 1 << 9
 .equ CR4_OSXMMEXCPT, 1 << 10
 .equ ICR_SELF, 1 << 18          # destination shorthand
+.equ RFLAGS_IOPL3, 3 << 12     # QEMU's SVM forgets the bitmap once KVM has set TR, busy as it must be
 .equ SLEEP_TICKS, 5
 
 .data
@@ -84,7 +85,7 @@ START
     mov eax, 0x44444444
     mov dr3, rax
     call start_timer
-    PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED | RFLAGS_IF
+    PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED | RFLAGS_IF | RFLAGS_IOPL3
     iretq
 
 # --- ring 3 -----------------------------------------------------------------------------------------------------------
