@@ -111,7 +111,7 @@ def state(**changes):
 
 
 def test_each_part_comes_after_what_it_depends_on(vcpu):
-    """KVM API 4.8x, and what its handlers do with each other's state."""
+    """What each ioctl does with the state that another one set is the reason beside it."""
     load_vcpu(FakeVm(), vcpu, state(), tsc=4, tsc_offset=None)
     at = vcpu.calls.index
     assert at("CPUID") == 0
