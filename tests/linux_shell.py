@@ -3,7 +3,9 @@
 from hypervisor.console import ConsoleTimeout
 
 PROMPT = r"/ # \Z|/ # (\x1b\[6n)?\Z"
-QUIET = "console=ttyS0 quiet panic=-1 cryptomgr.notests"
+QUIET = "console=ttyS0 quiet panic=-1 cryptomgr.notests nohz=off"
+"""QEMU's TCG forgets the interrupt shadow when it enters a nested guest, so an idle CPU's `sti; hlt` can lose a wake-up
+in the emulated host; a tick that goes on then finds the work."""
 BOOT_SECONDS = 300
 COMMAND_SECONDS = 60
 
