@@ -25,6 +25,9 @@ APPEND: Final = (
     # Self-tests of the crypto code take half of an emulated boot; mitigations slow what is slow enough. QEMU's CPUs
     # share one TSC, but the kernel's test of that fails on a busy machine, and KVM's clock in guests needs it.
     *("cryptomgr.notests", "mitigations=off", "no_timer_check", "tsc=reliable", "random.trust_cpu=on", "net.ifnames=0"),
+    # A nested guest dies of a triple fault when a page is moved on which an interrupt is being delivered: TCG does not
+    # get over the nested page fault. So nothing here moves pages that are in use.
+    *("transparent_hugepage=never", "sysctl.vm.compaction_proactiveness=0"),
 )
 
 PR_SET_PDEATHSIG: Final = 1

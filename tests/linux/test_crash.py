@@ -26,6 +26,8 @@ SIZE = 8 * MIB
 LINES = 30
 KEPT = 12
 """Transactions that are there at one time; the guest removes the older ones."""
+CHECKED = 6
+"""Of those that are done, so many are looked for: the guest may be ahead of what has come out of its console."""
 SCRIPT = f"""#!/bin/sh
 mount -t ext4 -o data=$(sed 's/.*fsmode=\\([a-z]*\\).*/\\1/' /proc/cmdline) /dev/vda /mnt || echo cannot mount
 n=$(ls /mnt | sed -n 's/^t\\([0-9]*\\)$/\\1/p' | sort -n | tail -n 1)
@@ -66,7 +68,7 @@ def what_is_wrong(image, done, folder):
     clean = subprocess.run(["e2fsck", "-fn", path], capture_output=True, check=False)
     if clean.returncode:
         return f"e2fsck -fn: {clean.stdout.decode()[-300:]}"
-    wanted = range(max(done - KEPT + 2, 1), done + 1)
+    wanted = range(max(done - CHECKED + 1, 1), done + 1)
     commands = "".join(f"cat t{number}\n" for number in wanted)
     found = subprocess.run(
         ["debugfs", "-f", "/dev/stdin", path], input=commands.encode(), capture_output=True, check=False
