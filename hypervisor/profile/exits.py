@@ -104,11 +104,10 @@ class Exits:
         rows: one for each vCPU and kind of exit.
     """
 
-    def __init__(self, rows: Iterable[ExitRow], *, marks: Sequence[Mark] = (), end_ns: int = 0) -> None:
-        """Hold `rows`; `marks` are what `between` looks for, in order, and `end_ns` is when the rows were counted."""
+    def __init__(self, rows: Iterable[ExitRow], *, marks: Sequence[Mark] = ()) -> None:
+        """Hold `rows`; `marks` are what `between` looks for, in order."""
         self.rows = tuple(rows)
         self._marks = tuple(marks)
-        self._end_ns = end_ns
 
     def __iter__(self) -> Iterator[ExitRow]:
         return iter(self.rows)
@@ -129,7 +128,7 @@ class Exits:
         def some(mark: Mark) -> Mark:
             return mark._replace(rows=lambda: [row for row in mark.rows() if test(row)])
 
-        return Exits(filter(test, self.rows), marks=[some(mark) for mark in self._marks], end_ns=self._end_ns)
+        return Exits(filter(test, self.rows), marks=[some(mark) for mark in self._marks])
 
     def _accesses(self, reason: str, device: str | int | None, register: str | None, direction: str | None) -> Exits:
         def test(row: ExitRow) -> bool:

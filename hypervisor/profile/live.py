@@ -164,9 +164,7 @@ class LiveExits:
             return self._rows([zlib.decompress(data) for data in packed])
 
         marks = [Mark(name, at_ns, partial(load, packed)) for name, at_ns, packed in self._marks]
-        return Exits(
-            self._rows([vcpu.handle.recorded_rows() for vcpu in self._vcpus]), marks=marks, end_ns=self.clock.now_ns()
-        )
+        return Exits(self._rows([vcpu.handle.recorded_rows() for vcpu in self._vcpus]), marks=marks)
 
     @property
     def vcpus(self) -> int:
