@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypervisor.config import MachineConfig
     from hypervisor.console import Console, ConsoleTimeout
-    from hypervisor.errors import ConfigError, HostError, ImageError, KvmError, VmmError
+    from hypervisor.errors import ConfigError, HostError, ImageError, KvmError, SnapshotError, VmmError
     from hypervisor.machine import Machine
     from hypervisor.outcome import Outcome, Stop
 
@@ -33,6 +33,7 @@ _WHERE = {
     "Machine": "machine",
     "MachineConfig": "config",
     "Outcome": "outcome",
+    "SnapshotError": "errors",
     "Stop": "outcome",
     "VmmError": "errors",
 }
@@ -47,6 +48,7 @@ __all__ = [
     "Machine",
     "MachineConfig",
     "Outcome",
+    "SnapshotError",
     "Stop",
     "VmmError",
 ]

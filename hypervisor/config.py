@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final
 
 from hypervisor import layout
@@ -140,6 +141,23 @@ class MachineConfig:
     def replace(self, **changes: Any) -> MachineConfig:
         """Return a copy with some values changed, checked again."""
         return MachineConfig(**{name: getattr(self, name) for name in self.__slots__} | changes)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the description as texts, numbers, lists and tables; `MachineConfig(**plain)` makes it again."""
+        plain: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if name in {"disks", "nets", "ports"}:
+                plain[name] = [one._asdict() for one in value]
+            elif hasattr(value, "_asdict"):
+                plain[name] = value._asdict()
+            elif isinstance(value, bytes):  # a kernel that is no file
+                plain[name] = ""
+            elif isinstance(value, list | tuple):
+                plain[name] = list(value)
+            else:
+                plain[name] = value if isinstance(value, str | int | None) else os.fspath(value)
+        return plain
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> MachineConfig:

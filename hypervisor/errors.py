@@ -8,7 +8,7 @@ from __future__ import annotations
 from errno import errorcode
 from os import strerror
 
-__all__ = ["ConfigError", "HostError", "ImageError", "KvmError", "VmmError"]
+__all__ = ["ConfigError", "HostError", "ImageError", "KvmError", "SnapshotError", "VmmError"]
 
 
 class VmmError(Exception):
@@ -34,6 +34,12 @@ class ConfigError(VmmError):
 
 class ImageError(ConfigError):
     """A kernel, initrd or module file is not what a boot loader can use. The message names the file or its kind."""
+
+
+class SnapshotError(VmmError):
+    """A snapshot cannot be made, read or used. The message names the file and what is wrong with it."""
+
+    status = 2
 
 
 class HostError(VmmError):

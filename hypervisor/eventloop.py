@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +16,8 @@ READABLE = select.EPOLLIN
 WRITABLE = select.EPOLLOUT
 TROUBLE = select.EPOLLERR | select.EPOLLHUP
 _NS_PER_S = 1_000_000_000
+
+T = TypeVar("T")
 
 
 class LoopAlarm:
@@ -113,6 +115,33 @@ class EventLoop:
         with self._lock:
             self._soon.append(callback)
         self._wake()
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Run `function` in the loop's thread, so that no callback runs beside it, and return what it does.
+
+        Before `start`, in the loop's own thread, and when it has ended, `function` is called right away.
+        """
+        thread = self._thread
+        if thread is None or thread is threading.current_thread() or not thread.is_alive():
+            return function()
+        result: list[T] = []
+        failure: list[BaseException] = []
+        done = threading.Event()
+
+        def job() -> None:
+            try:
+                result.append(function())
+            except BaseException as error:  # noqa: BLE001 - it belongs to the caller
+                failure.append(error)
+            done.set()
+
+        self.call_soon(job)
+        while not done.wait(0.1):
+            if not thread.is_alive() and not done.is_set():
+                return function()  # the loop ended before it came to this
+        if failure:
+            raise failure[0]
+        return result[0]
 
     def alarm(self, callback: Callable[[], None]) -> LoopAlarm:
         """Make a timer that calls `callback` in the loop's thread; it lives as long as the loop."""

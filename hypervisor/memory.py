@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from devices.ports import GuestFault
 from hypervisor.errors import HostError
-from hypervisor.kvm import host_address
+from hypervisor.kvm.handles import host_address, map_zeroes
 from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
 
 HUGE_PAGE = 1 << 21
@@ -22,37 +22,56 @@ class RamRange(NamedTuple):
     offset: int
 
 
+class Content(NamedTuple):
+    """Where the RAM of a saved machine is: in a file that nobody changes any more, from `offset` on."""
+
+    fd: int
+    offset: int
+
+
 class GuestMemory:
-    """The machine's RAM, one private anonymous mapping, in one range below 3 GiB and one from 4 GiB on.
+    """The machine's RAM, one private mapping, in one range below 3 GiB and one from 4 GiB on.
 
     Attributes:
         size: of the RAM in bytes.
         offset: where in `buffer` it begins.
 
-    Host pages are allotted as the guest touches them, as transparent huge pages where the host has them.
+    Host pages are allotted as the guest touches them, as transparent huge pages where the host has them. Of a saved
+    machine a page is read when it is first touched, and copied when it is first written to; until then all machines
+    that go on from the same file share it.
     """
 
-    def __init__(self, ram_bytes: int) -> None:
-        """Map `ram_bytes` (a multiple of the page size) of zeroes; raises HostError when the host refuses."""
+    def __init__(self, ram_bytes: int, content: Content | None = None) -> None:
+        """Map `ram_bytes` (a multiple of the page size) of `content` or zeroes; HostError when the host refuses."""
         self.size = ram_bytes
+        self._is_file = content is not None
         # KVM maps a huge page only where guest and host addresses agree below its size
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         try:
-            self._map = mmap.mmap(-1, ram_bytes + HUGE_PAGE, flags=flags)
+            if content is None:
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+                self._map = mmap.mmap(-1, ram_bytes + HUGE_PAGE, flags=flags)
+            else:
+                flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+                self._map = mmap.mmap(content.fd, ram_bytes, flags=flags, offset=content.offset)
         except OSError as error:
             mib = ram_bytes >> 20
             raise HostError(
                 f"this host gives no {mib} MiB of memory: {error.strerror}", hint="use less --ram"
             ) from error
+        self.offset = 0
+        if content is None:
+            self._use_huge_pages()
+        self._view = memoryview(self._map)[self.offset : self.offset + ram_bytes]
+        self._low = min(ram_bytes, RAM_LOW_END)
+        self._high_end = RAM_HIGH_BASE + ram_bytes - self._low
+
+    def _use_huge_pages(self) -> None:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             try:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             except OSError:
                 pass  # a kernel without transparent huge pages: small ones do
         self.offset = -host_address(self._map) % HUGE_PAGE
-        self._view = memoryview(self._map)[self.offset : self.offset + ram_bytes]
-        self._low = min(ram_bytes, RAM_LOW_END)
-        self._high_end = RAM_HIGH_BASE + ram_bytes - self._low
 
     @property
     def buffer(self) -> mmap.mmap:
@@ -113,7 +132,10 @@ class GuestMemory:
             GuestFault: if any byte of the range lies outside RAM.
         """
         offset = self._offset(gpa, size)
-        self._map.madvise(mmap.MADV_DONTNEED, self.offset + offset, size)
+        if self._is_file:  # to drop a page of a file's mapping brings the file's bytes back
+            map_zeroes(host_address(self._map) + offset, size)
+        else:
+            self._map.madvise(mmap.MADV_DONTNEED, self.offset + offset, size)
 
     def close(self) -> None:
         """Unmap, once the VM is closed; with views outstanding the last of them does it."""

@@ -21,6 +21,7 @@ from hypervisor.runner import LoopRunner, ThreadRunner
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from devices.backends.image import Image
     from devices.pci import PciBus
     from devices.virtio.balloon import Balloon
     from devices.virtio.device import VirtioDevice
@@ -71,6 +72,13 @@ class LockedLoop:
         return self._loop.alarm(self._locked(callback))
 
 
+def _open_disk(name: str, disk: DiskConfig) -> Image:
+    from devices.backends.image import open_image
+
+    del name
+    return open_image(disk.path, form=disk.format, readonly=disk.readonly, overlay=disk.overlay, cache=disk.cache)
+
+
 class VirtioBoard:
     """All virtio devices of one machine.
 
@@ -81,7 +89,7 @@ class VirtioBoard:
         pci_lock: PCI's configuration, its BARs, and the devices behind them that the event loop serves share this lock.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a board is wired to
         self,
         *,
         config: MachineConfig,
@@ -89,8 +97,11 @@ class VirtioBoard:
         loop: EventLoop,
         memory: GuestMemory,
         on_fault: Callable[[BaseException], None],
+        open_disk: Callable[[str, DiskConfig], Image] | None = None,
     ) -> None:
         """Open every backend and make every device; nothing is claimed yet.
+
+        A disk is what `open_disk` returns, given its name and description, by default what the description says.
 
         Raises:
             ConfigError: a backend cannot be used as asked.
@@ -100,6 +111,7 @@ class VirtioBoard:
         self._loop = loop
         self._memory = memory
         self._on_fault = on_fault
+        self._open_disk = open_disk or _open_disk
         self._interrupts = Interrupts(vm, loop) if config.irqchip == "kernel" else None
         self._closers: list[Callable[[], None]] = []
         self._runners: list[LoopRunner | ThreadRunner] = []
@@ -163,10 +175,9 @@ class VirtioBoard:
         return TapPath(self._ranges, queues[0], queues[1], short, kick_fds[0], kick_fds[1])
 
     def _add_disk(self, name: str, disk: DiskConfig) -> None:
-        from devices.backends.image import open_image
         from devices.virtio.block import Block
 
-        image = open_image(disk.path, form=disk.format, readonly=disk.readonly, overlay=disk.overlay, cache=disk.cache)
+        image = self._open_disk(name, disk)
         self._closers.append(image.close)
         limits = None
         if disk.iops is not None or disk.bandwidth is not None:

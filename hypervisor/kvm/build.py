@@ -18,7 +18,7 @@ for part in PARTS:
     ffibuilder.cdef((HERE / f"{part}.cdef").read_text())
 ffibuilder.set_source(
     "hypervisor.kvm._kvm",
-    '#include "runloop.h"\n#include "tracefile.h"\n#include "dataplane.h"\n',
+    '#include <sys/mman.h>\n#include "runloop.h"\n#include "tracefile.h"\n#include "dataplane.h"\n',
     sources=[str(PACKAGE / f"{name}.c") for name in SOURCES],
     depends=[str(PACKAGE / f"{name}.h") for name in ("runloop", "recorder", "tracefile", "dataplane", "uring")]
     + [str(PACKAGE / f"{name}.cdef") for name in PARTS],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from typing import TYPE_CHECKING, Any, Final
 
@@ -284,3 +285,11 @@ class IrqInput:
 def host_address(value: Any) -> int:
     """Return the address of the buffer `value` (an mmap) in this process."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(value)))
+
+
+def map_zeroes(address: int, size: int) -> None:
+    """Put fresh pages of zeroes, which take no room yet, where a private mapping is; raises OSError."""
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lib.MAP_NORESERVE | lib.MAP_FIXED
+    if lib.mmap(ffi.cast("void *", address), size, protection, flags, -1, 0) == ffi.cast("void *", -1):
+        raise OSError(ffi.errno, os.strerror(ffi.errno))

@@ -1,5 +1,8 @@
 """Descriptions of machines are checked at birth."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from hypervisor.config import MachineConfig
@@ -60,3 +63,29 @@ def test_tables_are_checked(table, named):
 def test_a_table_becomes_a_config():
     config = MachineConfig.from_mapping({"kernel": "k", "cpus": 2, "modules": ["a", "b c"]}, "m.toml")
     assert (config.kernel, config.cpus, config.modules) == ("k", 2, ("a", "b c"))
+
+
+def test_a_description_survives_being_written_down():
+    config = MachineConfig(
+        Path("vmlinux"),
+        ram_mib=64,
+        cpus=2,
+        modules=("one two",),
+        disks=["disk.img,readonly,serial=x", {"path": "b", "iops": 5}],
+        nets=["user,forward=8080:80", "none,mac=52:54:00:00:00:01"],
+        ports=[{"name": "log", "file": "log.txt"}],
+        rng=True,
+        vsock="3,path=socket",
+        balloon="16",
+        virtio="mmio",
+    )
+    plain = json.loads(json.dumps(config.to_plain()))
+    again = MachineConfig(**plain)
+    assert again.to_plain() == config.to_plain()
+    assert (again.disks, again.nets, again.ports, again.vsock) == (
+        config.disks,
+        config.nets,
+        config.ports,
+        config.vsock,
+    )
+    assert (again.kernel, again.balloon, again.rng) == ("vmlinux", config.balloon, config.rng)

@@ -123,3 +123,24 @@ def fill_a_socket(end):
             pass
     except BlockingIOError:
         pass
+
+
+def test_run_returns_what_a_function_does_in_the_loops_thread(loop):
+    name, value = loop.run(lambda: (threading.current_thread().name, 42))
+    assert (name, value) == ("hv-loop", 42)
+    assert loop.run(lambda: loop.run(lambda: 7)) == 7, "called from the loop itself"
+
+
+def test_run_raises_what_the_function_raises_and_the_loop_goes_on(loop, faults):
+    with pytest.raises(ZeroDivisionError):
+        loop.run(lambda: 1 // 0)
+    assert loop.run(lambda: 1) == 1
+    assert not faults
+
+
+def test_run_works_before_the_start_and_after_the_end(faults):
+    loop = EventLoop(faults.append)
+    assert loop.run(lambda: 1) == 1
+    loop.start()
+    loop.close()
+    assert loop.run(lambda: 2) == 2

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.ports import GuestFault
-from hypervisor.memory import GuestMemory
+from hypervisor.memory import Content, GuestMemory
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -83,3 +83,33 @@ def test_any_range_is_whole_or_a_fault(small, gpa, size):
     else:
         with pytest.raises(GuestFault):
             small.read(gpa, size)
+
+
+@pytest.fixture
+def content(tmp_path):
+    path = tmp_path / "memory"
+    path.write_bytes(b"head" + bytes(4092) + b"A" * 8192 + bytes(2 * MIB - 8192))
+    with open(path, "rb") as file:
+        yield Content(file.fileno(), 4096)
+    assert path.read_bytes()[4096 : 4096 + 8192] == b"A" * 8192, "a machine wrote to the file"
+
+
+def test_memory_from_a_file_is_read_from_it_and_writes_stay_apart(content):
+    one, other = GuestMemory(2 * MIB, content), GuestMemory(2 * MIB, content)
+    assert one.read(4090, 8) == b"A" * 8
+    one.write(4094, b"wrote")
+    assert one.read(4090, 12) == b"AAAAwroteAAA"
+    assert other.read(4090, 12) == b"A" * 12
+    one.close()
+    other.close()
+
+
+def test_reclaimed_pages_of_a_file_read_as_zeroes_and_can_be_written(content):
+    memory = GuestMemory(2 * MIB, content)
+    memory.write(0, b"guest")
+    memory.reclaim(0, 4096)
+    assert memory.read(0, 4096) == bytes(4096)
+    assert memory.read(4096, 4096) == b"A" * 4096
+    memory.write(1, b"again")
+    assert memory.read(0, 7) == b"\0again\0"
+    memory.close()
