@@ -30,7 +30,8 @@ KINDS: Final = ("summary", "exits", "profile")
 LONGEST_NAME: Final = 48
 LONGEST_PATH: Final = 107
 """Bytes of a unix socket's path (unix(7))."""
-LONGEST_LINE: Final = 1024
+LONGEST_LINE: Final = 8192
+"""There may be a path in it, of up to 4096 bytes."""
 MOST_CLIENTS: Final = 16
 NS: Final = 1_000_000_000
 REST_NS: Final = 10_000_000
@@ -249,6 +250,9 @@ class Loop(Protocol):
     def alarm(self, callback: Callable[[], None]) -> LoopAlarm:
         """Make a timer."""
 
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call back once."""
+
 
 class _Client:
     """One connection: what it has sent and not yet been answered, and what of its answer is still to be sent."""
@@ -275,13 +279,21 @@ class Control:
         path: the socket's.
     """
 
-    def __init__(self, loop: Loop, name: str, answer: Callable[[str], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        name: str,
+        answer: Callable[[str], dict[str, Any]],
+        act: Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None] | None = None,
+    ) -> None:
         """Take the name and serve it.
 
         Args:
             loop: calls back.
             name: see `check_name`.
             answer: returns what one of KINDS asks for.
+            act: begins what a request says, `{"do": WHAT, ...}`, and has what it is given called with the answer, once,
+                from any thread.
 
         Raises:
             ConfigError: a living machine has the name, or it is none.
@@ -293,6 +305,7 @@ class Control:
         self.name = name
         self.path = os.path.join(folder, name)
         self._answer_to = answer
+        self._act = act
         self._loop = loop
         self._listener = _listen(folder, name)
         self._own = os.lstat(self.path).st_ino
@@ -365,8 +378,22 @@ class Control:
             return
         client.received = rest
         client.seen = time.monotonic_ns()
-        client.unsent = memoryview(self._answer(line) + b"\n")
         self._loop.unwatch(client.fd)
+        request = _parse(line)
+        if self._act is not None and isinstance(request.get("do"), str):
+            self._act(request, lambda form: self._loop.call_soon(lambda: self._reply(client, form)))
+        else:
+            self._say(client, self._answer(request.get("get")))
+
+    def _reply(self, client: _Client, form: dict[str, Any]) -> None:
+        """Tell a client, if it is still there, how what it had asked to be done went."""
+        import json  # noqa: PLC0415 - for those who ask
+
+        if client in self._clients.values():
+            self._say(client, json.dumps(form).encode())
+
+    def _say(self, client: _Client, answer: bytes) -> None:
+        client.unsent = memoryview(answer + b"\n")
         self._send(client)
 
     def _send(self, client: _Client) -> None:
@@ -394,14 +421,10 @@ class Control:
             else:
                 self._watch(client)
 
-    def _answer(self, line: bytes) -> bytes:
-        """Return the answer to a line, made now or not long ago."""
+    def _answer(self, kind: Any) -> bytes:
+        """Return the answer to what was asked for, made now or not long ago."""
         import json  # noqa: PLC0415 - for those who look
 
-        try:
-            kind = json.loads(line)["get"]
-        except (ValueError, TypeError, LookupError, RecursionError):
-            kind = None
         if kind not in KINDS:
             return json.dumps({"error": f'it takes {{"get": WHAT}}, where WHAT is one of: {", ".join(KINDS)}'}).encode()
         now = time.monotonic_ns()
@@ -419,3 +442,14 @@ class Control:
             took = 0  # the first one imports what it needs
         self._answers[kind] = time.monotonic_ns() + max(FRESH_NS, COST * took), data
         return data
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """Return a request; {} for what is none."""
+    import json  # noqa: PLC0415 - for those who ask
+
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return request if isinstance(request, dict) else {}

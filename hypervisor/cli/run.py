@@ -16,6 +16,7 @@ from hypervisor.outcome import Outcome, Stop
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
     from types import FrameType
 
     from hypervisor.profile.metrics import MetricsServer
@@ -150,6 +151,12 @@ def parse_profile(text: str) -> tuple[str, dict[str, Any]]:
     return path, settings
 
 
+def default_settings() -> dict[str, Any]:
+    """Return the settings of a run that nobody has said anything about."""
+    settings: dict[str, Any] = dict.fromkeys(RUN_KEYS)
+    return settings | {"console": "stdio", "log_level": "warning", "log_format": "console"}
+
+
 def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str, Any]]:
     """Merge the configuration file and the options into a machine's description and the run's own settings."""
     values: dict[str, Any] = {}
@@ -163,8 +170,7 @@ def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str,
     if "ram" in given:
         given["ram_mib"] = parse_ram(given.pop("ram"))
     values |= given
-    settings: dict[str, Any] = dict.fromkeys(RUN_KEYS)
-    settings |= {"console": "stdio", "log_level": "warning", "log_format": "console"}
+    settings = default_settings()
     for key, kind in RUN_KEYS.items():
         if key in values:
             if not isinstance(values[key], kind) or isinstance(values[key], bool):
@@ -233,10 +239,15 @@ def run(options: argparse.Namespace) -> int:
     config, settings = load_settings(options)
     if isinstance(config.kernel, str) and is_name(config.kernel):
         _get_kernel(config.kernel)
+    return serve(lambda: Machine(config), settings)
+
+
+def serve(make: Callable[[], Machine], settings: dict[str, Any]) -> int:
+    """Run the machine that `make` makes to its end, its console where `settings` say, and return the exit status."""
     configure_logging(settings["log_level"], settings["log_format"])
     console = HostConsole(settings["console"])
     try:
-        with Machine(config) as machine:
+        with make() as machine:
             _publish(machine, settings["name"])
             _watch(machine, settings)
             console.enter_raw_mode()

@@ -19,7 +19,7 @@ from hypervisor.errors import ConfigError, HostError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Link", "Machines", "ask", "no_such_machine"]
+__all__ = ["Link", "Machines", "ask", "no_such_machine", "request"]
 
 CHUNK: Final = 1 << 18
 LARGEST: Final = 256 << 20
@@ -58,10 +58,14 @@ class Link:
 
     def ask(self, kind: str) -> None:
         """Ask for one of `hypervisor.control.KINDS`, unless an answer is still to come."""
+        self.request({"get": kind})
+
+    def request(self, what: dict[str, Any]) -> None:
+        """Send a request of `hypervisor.control`, unless an answer is still to come."""
         if self.is_waiting or not self.is_open:
             return
         try:
-            self._socket.send(json.dumps({"get": kind}).encode() + b"\n")
+            self._socket.send(json.dumps(what).encode() + b"\n")
         except OSError:  # a line finds room in an empty socket: nobody is there
             self.close()
             return
@@ -174,10 +178,15 @@ def ask(name: str, kind: str, *, timeout: float = SECONDS) -> dict[str, Any]:
         ConfigError: no machine has this name.
         HostError: it does not answer, or cannot.
     """
+    return request(name, {"get": kind}, timeout=timeout)
+
+
+def request(name: str, what: dict[str, Any], *, timeout: float = SECONDS) -> dict[str, Any]:
+    """Return what a machine answers to a request of `hypervisor.control`; raises as `ask` does."""
     until = time.monotonic() + timeout
     link = _connect(name, until)
     try:
-        link.ask(kind)
+        link.request(what)
         with selectors.DefaultSelector() as selector:
             selector.register(link, selectors.EVENT_READ)
             while link.is_open and time.monotonic() < until:

@@ -29,6 +29,9 @@ class FakeLoop:
     def __init__(self):
         self.readers, self.writers, self.alarms = {}, {}, []
 
+    def call_soon(self, callback):
+        callback()
+
     def watch(self, fd, callback):
         self.readers[fd] = callback
 
@@ -76,13 +79,13 @@ def published(asked):
     """Return a maker of servers with their loops, closed when the test ends."""
     made = []
 
-    def make(name="web", form=None):
+    def make(name="web", form=None, act=None):
         def answer(kind):
             asked.append(kind)
             return {"kind": kind} if form is None else form(kind)
 
         loop = FakeLoop()
-        made.append(Control(loop, name, answer))
+        made.append(Control(loop, name, answer, act))
         return made[-1], loop
 
     yield make
@@ -116,6 +119,43 @@ def test_a_line_is_answered_with_a_line(published):
         client.send(b'{"get": "exits"}\n')
         loop.turn()
         assert json.loads(received(client)) == {"kind": "exits"}
+
+
+def test_what_is_to_be_done_is_answered_when_it_is_done(published):
+    begun = []
+    server, loop = published(act=lambda request, reply: begun.append((request, reply)))
+    with connect(server) as client, connect(server) as other:
+        client.send(b'{"do": "save", "path": "/x"}\n')
+        other.send(b'{"do": "save"}\n{"get": "summary"}\n')
+        loop.turn()
+        assert [request for request, _ in begun] == [{"do": "save", "path": "/x"}, {"do": "save"}]
+        assert received(client) == received(other) == b"", "nothing is done yet"
+        begun[0][1]({"done": 1})
+        loop.turn()
+        assert json.loads(received(client)) == {"done": 1}
+        assert received(other) == b""
+        begun[1][1]({"error": "no room"})
+        loop.turn()
+        assert received(other).splitlines() == [b'{"error": "no room"}', b'{"kind":"summary"}']
+
+
+def test_a_client_that_left_before_it_was_done_is_no_trouble(published):
+    begun = []
+    server, loop = published(act=lambda request, reply: begun.append(reply))
+    with connect(server) as client:
+        client.send(b'{"do": "save"}\n')
+        loop.turn()
+    begun[0]({"done": 1})
+    loop.turn()
+    assert not server._clients
+
+
+def test_a_machine_that_does_nothing_on_request_says_so(published):
+    server, loop = published()
+    with connect(server) as client:
+        client.send(b'{"do": "save"}\n')
+        loop.turn()
+        assert "error" in json.loads(received(client))
 
 
 def test_a_line_may_come_in_pieces_and_two_at_once(published):
@@ -171,7 +211,7 @@ def test_a_client_that_does_not_read_keeps_one_answer_and_nobody_waits(published
             loop.turn(1)
             got += received(quick)
         assert json.loads(got)["kind"] == "summary"
-        assert [len(one.received) <= 1024 and len(one.unsent) <= 5_000_100 for one in server._clients.values()] == [
+        assert [len(one.received) <= 8192 and len(one.unsent) <= 5_000_100 for one in server._clients.values()] == [
             True,
             True,
         ]
