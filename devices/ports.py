@@ -10,9 +10,10 @@ bus around `read` and `write`, and around whatever it delivers from outside (rec
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from enum import IntEnum
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "NoFastPath",
     "RoutedSignal",
     "Signal",
+    "Stateful",
     "TapShortCut",
     "inner_of",
     "name_in",
@@ -63,6 +65,36 @@ class Device(Protocol):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Accept a little-endian value of `size` bytes (1, 2, 4 or 8)."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A device whose whole state can be taken away, and put into another one or back into itself.
+
+    Whoever asks holds the lock of the device's claim, and nothing else goes on: no vCPU runs, no timer fires, nothing
+    comes from the host. What the device is made of (its wiring, its size, what it stands on) is not state: it is the
+    same on both sides. Neither method sends anything to the host.
+    """
+
+    def state(self) -> dict[str, Any]:
+        """Return the state: a copy, of plain values only (dict by str, list, int, str, bool, bytes, None).
+
+        Fields have the names that the specification gives the registers. A moment is told by how far away it is, in
+        ns, never by a clock of this host. An event that is due by now may be noted, and its line driven, as any access
+        of the guest would.
+        """
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in exactly this state, whether new or in use: `state` would return it again.
+
+        That goes for what follows from it, too: armed alarms, published short cuts, the level of the interrupt line,
+        which is driven whatever it was. The state of the interrupt controllers is set afterwards, so a level may
+        change on the way and nobody takes that for an interrupt.
+
+        Raises:
+            KeyError, TypeError, ValueError: a field is missing, unknown, of another kind or out of range. The device
+                is as it was.
+        """
 
 
 @runtime_checkable
