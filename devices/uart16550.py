@@ -26,13 +26,14 @@ with the interrupt disabled, may take the FastPath.
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from devices.events import EventLog
 from devices.ports import NoFastPath, register_of
+from devices.saved import Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.ports import ByteSink, FastPath, IrqLine
 
@@ -197,9 +198,9 @@ class Uart16550:
         self._sink = sink
         self._fast: FastPath = NoFastPath() if fast is None else fast
         self._log = EventLog(device="uart") if log is None else log
-        self._level = False
+        self._level: bool | None = False
         self._published: int | None = None
-        self._diverted = False
+        self._diverted: bool | None = False
         self._refused = False
         self._scratch = 0
         self._divisor_low = _DIVISOR & 0xFF
@@ -243,7 +244,7 @@ class Uart16550:
         self._rx: list[int] = []
         self._hidden_breaks = 0
         self._expired = True
-        self._set_mode(fifos=0, depth=1, trigger=1)
+        self._set_mode(0)
         self._active_reads: tuple[Callable[[], int], ...] = self._reads
         self._active_writes: tuple[Callable[[int], None], ...] = self._writes
         self._changed()
@@ -272,6 +273,49 @@ class Uart16550:
     def register_name(self, offset: int, *, write: bool) -> str:
         """Return the data sheet's name of a register, with DLAB=0."""
         return register_of(Reg, offset, write=write)
+
+    # --- saved and loaded ------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the registers by their names.
+
+        LSR has only the errors that a read clears, FCR what its writes have come to. RBR is what was received and not
+        read, 0x100 a break whose error has not shown. THRE is that interrupt's state, `refused`: `on_room` is due.
+        """
+        return {
+            "IER": self._ier,
+            "FCR": _FCR_ENABLE | _TRIGGERS.index(self._trigger) << 6 if self._fifos else 0,
+            "LCR": self._lcr,
+            "MCR": self._mcr,
+            "LSR": self._errors,
+            "MSR": self._msr,
+            "SCR": self._scratch,
+            "DLL": self._divisor_low,
+            "DLM": self._divisor_high,
+            "RBR": list(self._rx),
+            "THRE": self._thre,
+            "refused": self._refused,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in a state; see `devices.ports.Stateful`."""
+        saved = Saved(state)
+        fcr = saved.bits("FCR", 0xC0 | _FCR_ENABLE)
+        registers = [saved.number(name, 0xFF) for name in ("LCR", "MSR", "SCR", "DLL", "DLM")]
+        ier, mcr, errors = saved.bits("IER", 0x0F), saved.bits("MCR", 0x1F), saved.bits("LSR", _OE | _BI)
+        received = saved.numbers("RBR", _FIFO_DEPTH if fcr else 1, _BREAK)
+        thre, refused = saved.number("THRE", _MERGED), saved.flag("refused")
+        saved.end()
+        if received[:1] == [_BREAK] or (fcr and not fcr & _FCR_ENABLE):
+            raise ValueError("a break at the top of the FIFO has shown; a trigger level needs the FIFOs")
+        self._set_lcr(registers[0])
+        self._msr, self._scratch, self._divisor_low, self._divisor_high = registers[1:]
+        self._ier, self._mcr, self._errors = ier, mcr, errors
+        self._set_mode(fcr)
+        self._rx, self._hidden_breaks = received, received.count(_BREAK)
+        self._thre, self._refused = thre, refused
+        self._published, self._diverted, self._level = -1, None, None  # whatever they are: tell them
+        self._bring_up_to_date()
 
     # --- the line's side -------------------------------------------------------------------------------------------
 
@@ -304,7 +348,15 @@ class Uart16550:
     # --- what follows from the state -------------------------------------------------------------------------------
 
     def _changed(self) -> None:
-        """Bring LSR, the short cuts, the interrupt line and whoever waits for room up to date, in this order.
+        """Bring everything that follows from the registers up to date, then whoever waits for room."""
+        self._bring_up_to_date()
+        if self._refused and not self._rx and not self._mcr & _LOOP:
+            self._refused = False
+            if self.on_room is not None:
+                self.on_room()
+
+    def _bring_up_to_date(self) -> None:
+        """Bring LSR, the short cuts and the interrupt line up to date, in this order.
 
         The short cuts come before the interrupt: its handler must not find the LSR of before.
         """
@@ -316,10 +368,6 @@ class Uart16550:
         self._lsr = lsr
         self._publish()
         self._update_irq()
-        if self._refused and not self._rx and not self._mcr & _LOOP:
-            self._refused = False
-            if self.on_room is not None:
-                self.on_room()
 
     def _publish(self) -> None:
         """Offer the short cuts that change nothing: LSR without errors to clear, THR without an interrupt to move."""
@@ -381,10 +429,11 @@ class Uart16550:
         self._hidden_breaks = 0
         self._errors &= _OE
 
-    def _set_mode(self, *, fifos: int, depth: int, trigger: int) -> None:
-        self._fifos = fifos
-        self._depth = depth
-        self._trigger = trigger
+    def _set_mode(self, fcr: int) -> None:
+        enabled = fcr & _FCR_ENABLE
+        self._fifos = _FIFOS_ENABLED if enabled else 0
+        self._depth = _FIFO_DEPTH if enabled else 1
+        self._trigger = _TRIGGERS[fcr >> 6] if enabled else 1
 
     # --- reads -----------------------------------------------------------------------------------------------------
 
@@ -452,19 +501,20 @@ class Uart16550:
         if value & _FCR_ENABLE:
             if value & _FCR_RESET_RX or not self._fifos:
                 self._clear_rx()
-            self._set_mode(fifos=_FIFOS_ENABLED, depth=_FIFO_DEPTH, trigger=_TRIGGERS[value >> 6])
-        else:
-            if self._fifos:
-                self._clear_rx()
-            self._set_mode(fifos=0, depth=1, trigger=1)
+        elif self._fifos:
+            self._clear_rx()
+        self._set_mode(value)
         self._changed()
 
     def _write_lcr(self, value: int) -> None:
+        self._set_lcr(value)
+        self._changed()
+
+    def _set_lcr(self, value: int) -> None:
         self._lcr = value
         latch = value & _DLAB
         self._active_reads = self._latch_reads if latch else self._reads
         self._active_writes = self._latch_writes if latch else self._writes
-        self._changed()
 
     def _write_mcr(self, value: int) -> None:
         self._mcr = value & 0x1F
