@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 from struct import pack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from devices.ports import OPEN_BUS, register_of
+from devices.saved import Saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,7 +79,11 @@ class FwCfg:
             directory += pack(">IHH56s", len(content), key, 0, name.encode("ascii"))
             self._items[key] = bytes(content)
         self._items[int(Key.FILE_DIR)] = directory
-        self._item = self._items[int(Key.SIGNATURE)]
+        self._select(int(Key.SIGNATURE))
+
+    def _select(self, key: int) -> None:
+        self._key = key
+        self._item = self._items.get(key, b"")
         self._position = 0
 
     def read(self, offset: int, size: int) -> int:
@@ -94,9 +99,21 @@ class FwCfg:
     def write(self, offset: int, size: int, value: int) -> None:
         """Select an item from its start (16 bits at offset 0); an unknown key reads as zeros. Data is read-only."""
         if offset == _SELECTOR and size == 2:
-            self._item = self._items.get(value & ~_WRITE_CHANNEL, b"")
-            self._position = 0
+            self._select(value & ~_WRITE_CHANNEL)
 
     def register_name(self, offset: int, *, write: bool) -> str:
         """Return the name of the port at `offset`."""
         return register_of(Reg, offset, write=write)
+
+    def state(self) -> dict[str, Any]:
+        """Return which item is selected, and how much of it has been read; the items are not state."""
+        return {"selector": self._key, "position": self._position}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in a state; see `devices.ports.Stateful`."""
+        saved = Saved(state)
+        key = saved.bits("selector", 0xFFFF & ~_WRITE_CHANNEL)
+        position = saved.number("position", len(self._items.get(key, b"")))
+        saved.end()
+        self._select(key)
+        self._position = position

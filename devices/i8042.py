@@ -18,13 +18,14 @@ The output buffer holds one byte: an answer overwrites what was not read.
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from devices.events import EventLog
 from devices.ports import register_of
+from devices.saved import Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.ports import IrqLine
 
@@ -174,6 +175,30 @@ class I8042:
     def register_name(self, offset: int, *, write: bool) -> str:
         """Return the name of the port at `offset`."""
         return register_of(Reg, offset, write=write)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the controller holds; `pending` is the command whose parameter has not come, if there is one."""
+        return {
+            "status": self._status,
+            "data": self._data,
+            "command_byte": self._command_byte,
+            "output_port": self._output_port,
+            "pending": self._pending,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in a state; see `devices.ports.Stateful`."""
+        saved = Saved(state)
+        status = saved.bits("status", _OUTPUT_FULL | _LAST_WAS_COMMAND | _UNLOCKED | _TIMEOUT, always=_UNLOCKED)
+        data, output_port = saved.number("data", 0xFF), saved.number("output_port", 0xFF)
+        command_byte = saved.bits("command_byte", 0xFF, always=_AUX_DISABLED)
+        pending = saved.number("pending", 0xFF) if saved.optional("pending") else None
+        saved.end()
+        if pending is not None and pending not in self._parameters:
+            raise ValueError(f"pending is {pending:#x}, a command that takes no parameter")
+        self._status, self._data, self._pending = status, data, pending
+        self._command_byte, self._output_port = command_byte, output_port
+        self._update_irq()
 
     def _read_data(self) -> int:
         self._status &= ~(_OUTPUT_FULL | _TIMEOUT)

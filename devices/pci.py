@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 from struct import pack
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from devices.ports import OPEN_BUS, register_of
+from devices.saved import Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "Command",
@@ -518,3 +519,14 @@ class PciConfigPorts:
     def register_name(self, offset: int, *, write: bool) -> str:
         """Return the name of the register at `offset`: that of the ports, not of what CONFIG_ADDRESS chose."""
         return register_of(Reg, offset if offset == _RESET_CONTROL else offset & ~3, write=write)
+
+    def state(self) -> dict[str, Any]:
+        """Return the ports' own registers; what is behind them are other devices."""
+        return {"CONFIG_ADDRESS": self._address, "RST_CNT": self._reset_control}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in a state; see `devices.ports.Stateful`."""
+        saved = Saved(state)
+        address, reset_control = saved.bits("CONFIG_ADDRESS", _ADDRESS_BITS), saved.bits("RST_CNT", _RST_BITS)
+        saved.end()
+        self._address, self._reset_control = address, reset_control
