@@ -7,13 +7,14 @@ The platform has no system management mode and is never in legacy mode: SCI_EN r
 from __future__ import annotations
 
 from enum import IntEnum, IntFlag
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from devices.events import EventLog
 from devices.ports import OPEN_BUS, register_of
+from devices.saved import Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.ports import Alarm, IrqLine
 
@@ -62,6 +63,7 @@ _KEPT: Final = int(Pm1Control.BM_RLD | Pm1Control.SLP_TYP)
 _SLP_EN: Final = int(Pm1Control.SLP_EN)
 _REGISTERS_END: Final = 6
 _GAP: Final = 0xFFFF << 48
+_OLDEST_NS: Final = (1 << 63) - 1
 
 
 class AcpiPm:
@@ -93,7 +95,7 @@ class AcpiPm:
     def read(self, offset: int, size: int) -> int:  # noqa: ARG002 - the bus cuts the answer to its size
         """Return the registers from `offset` on; the timer also by bytes, though it is meant to be read whole."""
         if offset >= _TIMER:
-            return self._ticks() >> 8 * (offset - _TIMER)
+            return _ticks(self._now_ns() - self._epoch_ns) >> 8 * (offset - _TIMER)
         if offset >= _REGISTERS_END:
             return OPEN_BUS
         self._catch_up()
@@ -129,21 +131,44 @@ class AcpiPm:
         self._catch_up()
         self._update_irq()
 
+    def state(self) -> dict[str, Any]:
+        """Return the registers by their names; the timer as the ns that it has counted."""
+        counted_ns = self._catch_up()
+        self._update_irq()
+        return {
+            "PM1_STS": self._status,
+            "PM1_EN": self._enable,
+            "PM1_CNT": self._control,
+            "PM_TMR_ns": counted_ns,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in a state, in which the timer goes on from where it was; see `devices.ports.Stateful`."""
+        saved = Saved(state)
+        status, enable = saved.bits("PM1_STS", _EVENTS), saved.bits("PM1_EN", _EVENTS)
+        control = saved.bits("PM1_CNT", _KEPT | _SCI_EN, always=_SCI_EN)
+        counted_ns = saved.number("PM_TMR_ns", _OLDEST_NS)
+        saved.end()
+        self._status, self._enable, self._control = status, enable, control
+        self._epoch_ns = self._now_ns() - counted_ns
+        self._toggles = _ticks(counted_ns) >> 31
+        self._armed = True  # whether or not: the alarm is set or disarmed now
+        self._update_irq()
+
     def _sleep(self, sleep_type: int) -> None:
         if sleep_type == S5_SLEEP_TYPE:
             self._on_power_off()
         else:
             self._log.once("acpi.sleep_type_unknown", sleep_type, sleep_type=sleep_type)
 
-    def _ticks(self) -> int:
-        return (self._now_ns() - self._epoch_ns) * PM_TIMER_HZ // _NS
-
-    def _catch_up(self) -> None:
-        """Set TMR_STS if bit 31 has toggled since the last time anybody looked (4.8.2.1)."""
-        toggles = self._ticks() >> 31
+    def _catch_up(self) -> int:
+        """Set TMR_STS if bit 31 has toggled since the last time anybody looked (4.8.2.1); return the timer, in ns."""
+        counted_ns = self._now_ns() - self._epoch_ns
+        toggles = _ticks(counted_ns) >> 31
         if toggles != self._toggles:
             self._toggles = toggles
             self._status |= _TMR
+        return counted_ns
 
     def _update_irq(self) -> None:
         self._irq.set(bool(self._status & self._enable))
@@ -153,6 +178,10 @@ class AcpiPm:
         elif self._armed:
             self._alarm.set(None)
         self._armed = wanted
+
+
+def _ticks(ns: int) -> int:
+    return ns * PM_TIMER_HZ // _NS
 
 
 def _merge(old: int, new: int, mask: int) -> int:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 from time import gmtime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from devices.ports import OPEN_BUS, register_of
+from devices.saved import Saved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -99,6 +100,9 @@ _ANY: Final = 0xC0
 """Alarm bytes from here on match every value."""
 _DAYS_BEFORE: Final = (0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)
 _DAYS_TO_1970: Final = 719_162  # from 1 January of year 1
+_FARTHEST_S: Final = 1 << 40
+_FARTHEST_NS: Final = 1 << 63
+"""How far a saved clock may be from the host's: more than any that a guest can set, and no trouble to count with."""
 _KIB: Final = 1 << 10
 _MIB: Final = 1 << 20
 
@@ -114,6 +118,8 @@ _AF: Final = int(RegC.AF)
 _UF: Final = int(RegC.UF)
 _IRQF: Final = int(RegC.IRQF)
 _CAUSES: Final = _PF | _AF | _UF
+_REGISTERS: Final = (("index", 0x7F), ("A", 0xFF & ~_UIP), ("B", 0xFF), ("C", _CAUSES))
+"""What a saved state has of each, as bits."""
 _TIME: Final = frozenset(
     int(register)
     for register in (
@@ -219,6 +225,49 @@ class RtcMc146818:
         """Raise what is due: the machine calls this when the alarm fires. Calling it too early does no harm."""
         self._armed = False
         self._catch_up()
+        self._update_irq()
+
+    # --- saved and loaded --------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the registers, and how far the clock is from the host's.
+
+        `divider_ns` is the divider chain less the host's UTC, `time_s` the time registers less the divider's seconds,
+        `period` how many of the periodic interrupt's periods have gone by in this second.
+        """
+        self._catch_up()
+        self._update_irq()
+        runs = self._divider_runs()
+        return {
+            "index": self._index,
+            "A": self._a,
+            "B": self._b,
+            "C": self._c,
+            "RAM": bytes(self._cmos),
+            "divider_ns": self._phase_ns,
+            "time_s": self._load_time() - self._second if runs else 0,
+            "period": self._period - self._periods(self._second * _NS) if runs else 0,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be in a state; see `devices.ports.Stateful`.
+
+        The clock goes on at its distance from the host's: what has fallen due meanwhile is due now, as it is for a
+        computer that was off while its battery kept the clock running.
+        """
+        saved = Saved(state)
+        index, a, b, c = (saved.bits(name, mask) for name, mask in _REGISTERS)
+        cmos = saved.octets("RAM", len(self._cmos), least=len(self._cmos))
+        phase_ns = saved.number("divider_ns", _FARTHEST_NS, least=-_FARTHEST_NS)
+        time_s = saved.number("time_s", _FARTHEST_S, least=-_FARTHEST_S)
+        period = saved.number("period", _CRYSTAL_HZ)
+        saved.end()
+        self._index, self._a, self._b, self._c = index, a, b, c
+        self._cmos[:] = cmos
+        self._phase_ns = phase_ns
+        self._second = self._load_time() - time_s
+        self._period = self._periods(self._second * _NS) + period
+        self._armed = True  # whether or not: the alarm is set or disarmed now
         self._update_irq()
 
     # --- registers ---------------------------------------------------------------------------------------------------
