@@ -272,7 +272,16 @@ class IrqInput:
         self._fd = fd
         self._irq = ffi.new("struct kvm_irq_level *")
         self._irq.irq = gsi
-        self._level = False
+        self._level: bool | None = False
+
+    def forget(self) -> None:
+        """Have the next `set` drive the input whatever its level was.
+
+        For a device whose state is loaded: the level then is the state's, and KVM holds the same of this input, which
+        no state of the interrupt controllers has in it (struct kvm_kernel_irqchip's irq_states). What an edge on the
+        way has set in them is gone as soon as their own state is loaded.
+        """
+        self._level = None
 
     def set(self, level: bool) -> None:
         """Drive the input high or low (KVM_IRQ_LINE); its present level again does nothing."""
