@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.saved import Saved
 from hypervisor.errors import VmmError
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hypervisor.eventloop import EventLoop
     from hypervisor.kvm import ByteRing
@@ -150,7 +151,7 @@ class Console:
         return found[1].decode(errors="backslashreplace") if found else ""
 
     def _declare_panic(self) -> None:
-        if self.on_panic is not None:
+        if self._panic_seen and self.on_panic is not None:
             self.on_panic(self.panic or "")
 
     @property
@@ -248,4 +249,44 @@ class Console:
             before = len(self._pending)
             del self._pending[:taken]
         if self.on_input_room is not None and before > LOW_WATER >= before - taken:
+            self._loop.call_soon(self.on_input_room)
+
+    # --- saved and loaded ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the input that the guest has not taken, and whether it has been found to listen.
+
+        What it has printed is the host's: all of it has come out of the ring when this returns.
+        """
+        self.pump()
+        with self._pending_lock:
+            return {"input": bytes(self._pending), "settled": self._settled}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Be the console of a guest in another state: wait with its input, and forget what was printed before.
+
+        Listeners get all that was printed up to now; `output`, `read` and `expect` begin here. A panic before was that
+        of another guest. Input that waited is dropped.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is no state of a console.
+        """
+        saved = Saved(state)
+        waiting, settled = saved.octets("input", MAX_PENDING), saved.flag("settled")
+        saved.end()
+        self.pump()
+        with self._changed:
+            self._dropped += len(self._kept)
+            self._kept.clear()
+            self._matched = self._dropped
+            self._ended = False
+        self._panic_seen, self._scan_tail = False, b""
+        self._panic_alarm.set(None)
+        with self._pending_lock:
+            before = len(self._pending)
+            self._pending[:] = waiting
+        self._settled = settled
+        self._retry.set(None)
+        self._loop.call_soon(self._feed)
+        if self.on_input_room is not None and before > LOW_WATER >= len(waiting):
             self._loop.call_soon(self.on_input_room)
