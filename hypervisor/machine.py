@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from devices.ports import IrqLine
     from devices.virtio.balloon import Balloon
     from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
     from hypervisor.control import Control
+    from hypervisor.kvm.handles import IrqInput
     from hypervisor.profile.exits import Exits
     from hypervisor.profile.live import LiveExits
     from hypervisor.profile.model import Profile
@@ -163,7 +163,7 @@ class Machine:
             self._virtio.claim(self.bus_mmio)
         has_irqs = self.config.irqchip == "kernel"
 
-        def irq(gsi: int) -> IrqLine:
+        def irq(gsi: int) -> IrqInput | NoIrq:
             return self._vm.irq_input(gsi) if has_irqs else NoIrq()
 
         self._pc = Pc(

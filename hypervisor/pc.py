@@ -6,33 +6,49 @@ With `machine` this is the only room that knows device models. Every address is 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from devices.debug_console import DebugConsole
 from devices.debug_exit import DebugExit
-from devices.ports import inner_of, name_in
+from devices.ports import Device, Stateful, inner_of, name_in
 from hypervisor import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.acpi_pm import AcpiPm
     from devices.fw_cfg import FwCfg
     from devices.i8042 import I8042
     from devices.pci import PciConfigPorts, PciEcam
-    from devices.ports import Device, IrqLine, NamedRegisters
+    from devices.ports import NamedRegisters
     from devices.rtc_mc146818 import RtcMc146818
     from devices.uart16550 import Uart16550
     from hypervisor.bus import Bus, Claim
     from hypervisor.console import Console
     from hypervisor.eventloop import EventLoop, LoopAlarm
     from hypervisor.kvm import ByteRing, Vm
+    from hypervisor.kvm.handles import IrqInput
     from hypervisor.memory import GuestMemory
     from hypervisor.virtio import VirtioBoard
 
+UART_THR = 0
 UART_LSR = 5
 
-D = TypeVar("D", bound="Device")
+
+class StatefulDevice(Device, Stateful, Protocol):
+    """A device that can be saved."""
+
+
+class TimedDevice(Device, Protocol):
+    """A device that has an alarm."""
+
+    def on_alarm(self) -> None:
+        """Do what is due."""
+
+
+D = TypeVar("D", bound=Device)
+S = TypeVar("S", bound=StatefulDevice)
+T = TypeVar("T", bound=TimedDevice)
 
 
 class PortFastPath:
@@ -67,11 +83,19 @@ class NoIrq:
     def set(self, level: bool) -> None:
         """Lead nowhere."""
 
+    def forget(self) -> None:
+        """Have no level to forget."""
+
 
 class LazyDevice(Generic[D]):
     """A device that is made, and its module imported, when it is first touched: most guests never touch most of a PC.
 
     Its claim's lock is held whenever it is made or used, so it is made once.
+
+    Attributes:
+        claim: the claim that shall call the device itself once it is made; None keeps this object in between.
+        on_unmade: called when the device has gone, to take back what it did to what it is wired to.
+        views: others that lead to the same device, and lose it with this one.
     """
 
     def __init__(self, make: Callable[[], D], offset: int = 0) -> None:
@@ -80,7 +104,8 @@ class LazyDevice(Generic[D]):
         self._offset = offset
         self._device: D | None = None
         self.claim: Claim | None = None
-        """The claim that shall call the device itself once it is made; None keeps this object in between."""
+        self.on_unmade: Callable[[], None] = lambda: None
+        self.views: list[LazyDevice[Any]] = []
 
     @property
     def is_made(self) -> bool:
@@ -96,6 +121,35 @@ class LazyDevice(Generic[D]):
                 self.claim.read = self._device.read
                 self.claim.write = self._device.write
         return self._device
+
+    def unmake(self) -> None:
+        """Be as if nobody had ever touched the device: the next access makes a new one."""
+        if self._device is None:
+            return
+        self._device = None
+        if self.claim is not None:
+            self.claim.read = self.read
+            self.claim.write = self.write
+        for view in self.views:
+            view.unmake()
+        self.on_unmade()
+
+    def state(self: LazyDevice[S]) -> dict[str, Any] | None:
+        """Return the device's state; None as long as it is not made."""
+        return None if self._device is None else self._device.state()
+
+    def load(self: LazyDevice[S], state: Mapping[str, Any] | None) -> None:
+        """Be in a state: with None there is no device."""
+        if state is None:
+            self.unmake()
+            return
+        was_made = self.is_made
+        try:
+            self.device.load(state)
+        except BaseException:
+            if not was_made:
+                self.unmake()
+            raise
 
     def read(self, offset: int, size: int) -> int:
         """Read the device."""
@@ -118,6 +172,14 @@ class LazyDevice(Generic[D]):
         return inner_of(self._device, self._offset + offset)
 
 
+class Part(NamedTuple):
+    """What has a state: the claim whose lock guards it, who holds it, and the interrupt line that it drives."""
+
+    claim: Claim
+    lazy: LazyDevice[Any]
+    irq: IrqInput | NoIrq
+
+
 class Pc:
     """The devices of one machine, claimed on its buses."""
 
@@ -128,7 +190,7 @@ class Pc:
         ports: Bus,
         memory_bus: Bus,
         loop: EventLoop,
-        irq: Callable[[int], IrqLine],
+        irq: Callable[[int], IrqInput | NoIrq],
         console: Console,
         console_ring: ByteRing,
         debug_console: Console,
@@ -149,6 +211,8 @@ class Pc:
         self._vm = vm
         self._ports = ports
         self._loop = loop
+        self._parts: dict[str, Part] = {}
+        self._consoles = {"console": console, "debug-console": debug_console}
         self._add_uart(irq(layout.IRQ_COM1), console, vm.connect_ring(console_ring), is_polled)
         debug_fast = PortFastPath(vm, layout.DEBUG_CONSOLE, vm.connect_ring(debug_ring))
         ports.claim(layout.DEBUG_CONSOLE, 1, DebugConsole(ConsoleSink(debug_console), fast=debug_fast), "debugcon")
@@ -159,18 +223,25 @@ class Pc:
         self._add_fw_cfg(cpus, memory)
         self._add_pci(memory_bus, on_reset, virtio)
 
-    def _add_uart(self, irq: IrqLine, console: Console, ring: int, is_polled: Callable[[int], bool]) -> None:
+    def _add_uart(self, irq: IrqInput | NoIrq, console: Console, ring: int, is_polled: Callable[[int], bool]) -> None:
+        fast = PortFastPath(self._vm, layout.COM1, ring)
+
         def make() -> Uart16550:
             from devices.events import EventLog
             from devices.uart16550 import Uart16550
 
-            fast = PortFastPath(self._vm, layout.COM1, ring)
             uart = Uart16550(irq=irq, sink=ConsoleSink(console), fast=fast, log=EventLog(device="uart0"))
             uart.on_room = lambda: console.transfer(uart.receive)
             return uart
 
+        def take_back() -> None:
+            fast.publish(UART_LSR, None)
+            fast.divert(UART_THR, to_sink=False)
+
         uart = LazyDevice(make)
         claim = uart.claim = self._ports.claim(layout.COM1, 8, uart, "uart0")
+        uart.on_unmade = take_back
+        self._add_part(claim, uart, irq)
 
         def deliver() -> None:
             with claim.lock:
@@ -179,16 +250,23 @@ class Pc:
         console.deliver = deliver
         console.ready = lambda: uart.is_made and (uart.device.listening or is_polled(layout.COM1 + UART_LSR))
 
-    def _alarm(self, claim: Claim, fire: Callable[[], None]) -> LoopAlarm:
-        """Make an alarm that calls `fire` under the claim's lock."""
+    def _add_part(self, claim: Claim, lazy: LazyDevice[S], irq: IrqInput | NoIrq | None = None) -> None:
+        """Count `lazy` among what is saved, under the claim's name."""
+        self._parts[claim.name] = Part(claim, lazy, NoIrq() if irq is None else irq)
 
-        def locked() -> None:
+    def _alarm(self, claim: Claim, timed: LazyDevice[T]) -> LoopAlarm:
+        """Return the alarm of a device, which is called under the claim's lock, if it is still there."""
+
+        def fire() -> None:
             with claim.lock:
-                fire()
+                if timed.is_made:
+                    timed.device.on_alarm()
 
-        return self._loop.alarm(locked)
+        alarm = self._loop.alarm(fire)
+        timed.on_unmade = lambda: alarm.set(None)
+        return alarm
 
-    def _add_i8042(self, irq: IrqLine, on_reset: Callable[[], None]) -> None:
+    def _add_i8042(self, irq: IrqInput | NoIrq, on_reset: Callable[[], None]) -> None:
         def make() -> I8042:
             from devices.i8042 import I8042
 
@@ -197,16 +275,18 @@ class Pc:
         data = LazyDevice(make)
         # one device at two ports: the second view shares the first one's device and lock
         command = LazyDevice(lambda: data.device, offset=layout.I8042_COMMAND - layout.I8042_DATA)
+        data.views.append(command)
         claim = self._ports.claim(layout.I8042_DATA, 1, data, "i8042")
         self._ports.claim(layout.I8042_COMMAND, 1, command, "i8042", lock=claim.lock)
+        self._add_part(claim, data, irq)
 
-    def _add_rtc(self, irq: IrqLine, memory: GuestMemory) -> None:
+    def _add_rtc(self, irq: IrqInput | NoIrq, memory: GuestMemory) -> None:
         def make() -> RtcMc146818:
             from devices.rtc_mc146818 import RtcMc146818
 
             return RtcMc146818(
                 irq=irq,
-                alarm=self._alarm(claim, lambda: rtc.device.on_alarm()),
+                alarm=alarm,
                 now_ns=time.monotonic_ns,
                 wall_seconds=time.time,
                 ram_below_4g=memory.ranges[0].size,
@@ -215,20 +295,24 @@ class Pc:
 
         rtc = LazyDevice(make)
         claim = self._ports.claim(layout.RTC, 2, rtc, "rtc")
+        alarm = self._alarm(claim, rtc)
+        self._add_part(claim, rtc, irq)
 
-    def _add_acpi(self, irq: IrqLine, on_power_off: Callable[[], None]) -> None:
+    def _add_acpi(self, irq: IrqInput | NoIrq, on_power_off: Callable[[], None]) -> None:
         def make() -> AcpiPm:
             from devices.acpi_pm import AcpiPm
 
             return AcpiPm(
                 irq=irq,
-                alarm=self._alarm(self._pm_claim, lambda: self._pm.device.on_alarm()),
+                alarm=alarm,
                 now_ns=time.monotonic_ns,
                 on_power_off=on_power_off,
             )
 
         self._pm = LazyDevice(make)
         self._pm_claim = self._pm.claim = self._ports.claim(layout.PM1_EVENT, 12, self._pm, "acpi-pm")
+        alarm = self._alarm(self._pm_claim, self._pm)
+        self._add_part(self._pm_claim, self._pm, irq)
 
     def _add_fw_cfg(self, cpus: int, memory: GuestMemory) -> None:
         def make() -> FwCfg:
@@ -236,7 +320,8 @@ class Pc:
 
             return FwCfg(cpus=cpus, ram_bytes=memory.size, files={})
 
-        self._ports.claim(layout.FW_CFG, 2, LazyDevice(make), "fw_cfg")
+        fw_cfg = LazyDevice(make)
+        self._add_part(self._ports.claim(layout.FW_CFG, 2, fw_cfg, "fw_cfg"), fw_cfg)
 
     def _add_pci(self, memory_bus: Bus, on_reset: Callable[[], None], virtio: VirtioBoard | None) -> None:
         def make() -> PciConfigPorts:
@@ -250,11 +335,48 @@ class Pc:
             return PciEcam(pci.device.bus)
 
         pci = LazyDevice(make)
+        ecam = LazyDevice(make_ecam)
+        pci.views.append(ecam)
         lock = None if virtio is None else virtio.pci_lock
         claim = self._ports.claim(layout.PCI_CONFIG, 8, pci, "pci", lock=lock)
-        memory_bus.claim(layout.PCI_ECAM, layout.PCI_ECAM_SIZE, LazyDevice(make_ecam), "pci-ecam", lock=claim.lock)
+        memory_bus.claim(layout.PCI_ECAM, layout.PCI_ECAM_SIZE, ecam, "pci-ecam", lock=claim.lock)
+        self._add_part(claim, pci)
 
     def press_power_button(self) -> bool:
         """Ask the guest to power off; return whether it has enabled the button's event."""
         with self._pm_claim.lock:
             return self._pm.device.press_power_button()
+
+    # --- saved and loaded ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of every device and console by name, None of a device that the guest has not touched.
+
+        No vCPU runs, and this is the loop's thread. What the guest has printed goes to the host first. The functions
+        on the PCI bus are not among them.
+        """
+        states: dict[str, Any] = {}
+        for name, part in self._parts.items():
+            with part.claim.lock:
+                states[name] = part.lazy.state()
+        return states | {name: console.state() for name, console in self._consoles.items()}
+
+    def load(self, states: Mapping[str, Any]) -> None:
+        """Put every device and console into the state that `state` returned, here or in another machine.
+
+        No vCPU runs, and this is the loop's thread, if it runs. The interrupt controllers' state is loaded later.
+
+        Raises:
+            KeyError, TypeError, ValueError: a state is not one of this machine. Devices before it have been loaded.
+        """
+        wrong = states.keys() ^ (self._parts.keys() | self._consoles.keys())
+        if wrong:
+            raise ValueError(f"devices that the state has and the machine has not, or the reverse: {sorted(wrong)}")
+        for name, part in self._parts.items():
+            with part.claim.lock:
+                part.irq.forget()
+                part.lazy.load(states[name])
+                if not part.lazy.is_made:
+                    part.irq.set(False)
+        for name, console in self._consoles.items():
+            console.load(states[name])
