@@ -8,7 +8,16 @@ from __future__ import annotations
 from errno import errorcode
 from os import strerror
 
-__all__ = ["ConfigError", "HostError", "ImageError", "KvmError", "SnapshotError", "VmmError"]
+__all__ = [
+    "ConfigError",
+    "DamagedSnapshotError",
+    "HostError",
+    "ImageError",
+    "KvmError",
+    "SaveError",
+    "SnapshotError",
+    "VmmError",
+]
 
 
 class VmmError(Exception):
@@ -40,6 +49,32 @@ class SnapshotError(VmmError):
     """A snapshot cannot be made, read or used. The message names the file and what is wrong with it."""
 
     status = 2
+
+
+class DamagedSnapshotError(SnapshotError):
+    """A snapshot is not what was saved: cut short, altered, or one that nobody would write.
+
+    Attributes:
+        file: path of the file.
+        chunk: number of the memory chunk, or None.
+        gpa: guest-physical address of the chunk's first byte, or None.
+    """
+
+    def __init__(
+        self, file: str, what: str, *, chunk: int | None = None, gpa: int | None = None, hint: str | None = None
+    ) -> None:
+        """Say of `file`, and of a chunk in it, what is wrong."""
+        place = "" if chunk is None else f": chunk {chunk}" + ("" if gpa is None else f" (guest memory at {gpa:#x})")
+        super().__init__(f"{file}{place}: {what}", hint=hint or "restore it from a copy, or save it again")
+        self.file = file
+        self.chunk = chunk
+        self.gpa = gpa
+
+
+class SaveError(SnapshotError):
+    """The host did not take a snapshot: its disk is full, or its directory not ours."""
+
+    status = 3
 
 
 class HostError(VmmError):
