@@ -72,17 +72,23 @@ class Staging:
         return SaveError(f"cannot save {self._shown}", hint=hints.get(error.errno or 0))
 
     def commit(self) -> None:
-        """Put it in its place, for good: its files have been written and synced. Raises OSError or SnapshotError."""
+        """Put it in its place, for good: its files have been written and synced.
+
+        Raises OSError or SnapshotError; then what was there before is there again.
+        """
         fsync(self._fd)
-        parent = os.path.dirname(self.target)
         old = None
         try:
             _rename(self.path, self.target, RENAME_NOREPLACE)
         except FileExistsError:
             _check_target(self.target, self._shown)
             old = self._exchange()
+        try:
+            _fsync_path(os.path.dirname(self.target))
+        except OSError:
+            self._take_back(old)
+            raise
         self.path = self.target
-        _fsync_path(parent)
         if old is not None:
             remove_tree(old)
 
@@ -110,6 +116,15 @@ class Staging:
         finally:
             os.close(lock)
         return old
+
+    def _take_back(self, old: str | None) -> None:
+        """Undo the renames: the disk did not take them."""
+        if old == self.path:
+            _rename(self.path, self.target, RENAME_EXCHANGE)
+            return
+        os.rename(self.target, self.path)
+        if old is not None:
+            os.rename(old, self.target)
 
     def close(self) -> None:
         """Give the lock back; remove the directory unless it has been committed."""

@@ -88,6 +88,13 @@ class Parent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: Hash
     path: str | dict[str, str]
 
+    def place(self) -> str:
+        """Return the path; raises ValueError where it is none, or absolute."""
+        path = plain.unpack(self.path)
+        if not isinstance(path, str) or not path or "\0" in path or os.path.isabs(path):
+            raise ValueError("the parent has no relative path")
+        return path
+
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All that a snapshot says of itself; `machine`, `host` and `state` as `plain.pack` makes them."""
@@ -211,8 +218,8 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"{memory.stored} bytes of memory file for {memory.size} bytes of memory")
     if memory.base and manifest.parent is None:
         raise ValueError("memory of a parent, but no parent")
-    if manifest.parent is not None and os.path.isabs(os.fsencode(plain.unpack(manifest.parent.path))):
-        raise ValueError("the path of the parent is absolute")
+    if manifest.parent is not None:
+        manifest.parent.place()
     names = [layer.name for layer in manifest.layers]
     if len(set(names)) < len(names) or not RESERVED.isdisjoint(names):
         raise ValueError("layers have the names of other files")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import xxhash
 
 from hypervisor.errors import ConfigError, DamagedSnapshotError, SnapshotError
-from hypervisor.snapshot import manifest, plain
+from hypervisor.snapshot import manifest
 from hypervisor.snapshot.manifest import CHUNK, MANIFEST, Manifest
 from hypervisor.snapshot.memoryfile import INDEX, MEMORY, RECORD, Index, MemoryFile
 from hypervisor.snapshot.whole import check_parents, put_together
@@ -128,7 +128,8 @@ class Snapshot:
         from hypervisor.config import MachineConfig
 
         try:
-            return MachineConfig(**self.machine)
+            machine = self.machine
+            return MachineConfig(**machine | {"modules": tuple(machine.get("modules", ()))})
         except (ConfigError, TypeError, ValueError, AttributeError) as error:
             raise SnapshotError(f"{self.path} has a machine that this hv does not know") from error
 
@@ -142,7 +143,7 @@ class Snapshot:
         entry = self.manifest.parent
         if entry is None or self._parent is not None:
             return self._parent
-        place = os.path.join(os.path.dirname(os.path.realpath(self.path)), plain.unpack(entry.path))
+        place = os.path.join(os.path.dirname(os.path.realpath(self.path)), entry.place())
         path = os.path.normpath(place)
         hint = f"bring back the snapshot with the id {entry.id}"
         try:
