@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
 
 with atheris.instrument_imports(include=["devices"]):
-    from faulty_image import FaultyImage
+    from memory_image import MemoryImage
     from test_virtio_vsock import End
     from virtio_driver import LOW, NEEDS_RESET, Driver, FakeRam, FakeSignal
 
@@ -72,7 +72,7 @@ def reclaim(gpa: int, size: int) -> None:
 
 
 MODELS: dict[str, Callable[[FakeRam], VirtioDevice]] = {
-    "block": lambda ram: Block("b", ram, FaultyImage(bytes(1 << 16)), log=QUIET),
+    "block": lambda ram: Block("b", ram, MemoryImage(bytes(1 << 16)), log=QUIET),
     "net": lambda ram: Net("n", ram, Nowhere(), mac=bytes(6), log=QUIET),
     "rng": lambda ram: Rng("r", ram, source=bytes, log=QUIET),
     "balloon": lambda ram: Balloon("m", ram, reclaim=reclaim, log=QUIET),

@@ -15,8 +15,9 @@ from functools import lru_cache
 from struct import iter_unpack, unpack_from
 
 import pytest
-from faulty_image import FaultyImage
+from memory_image import MemoryImage
 
+from devices.backends.faults import FaultyImage
 from devices.backends.image import open_image
 from devices.backends.qcow2_header import create
 from hypervisor import Machine, MachineConfig, Stop
@@ -144,6 +145,9 @@ def run(disk, count):
 class Watched(FaultyImage):
     """A disk that is looked at whenever it has changed: these are all the moments at which a power cut differs."""
 
+    def __init__(self, content):
+        super().__init__(MemoryImage(content), volatile=True)
+
     def watch(self, look):
         self.look = look
         return self
@@ -162,7 +166,11 @@ def cuts_while(disk, count, monkeypatch, rng, known=0):
     monkeypatch.setattr("devices.backends.image.open_image", lambda path, **_: disk)
     taken = []
     with journal("faulty", count) as machine:
-        disk.watch(lambda: taken.append((disk.power_cut(rng), max(done_in(machine.console.output), known))))
+
+        def look():
+            taken.append((disk.after_cut(seed=rng.getrandbits(64)), max(done_in(machine.console.output), known)))
+
+        disk.watch(look)
         outcome = machine.run(timeout=PATIENCE)
         assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
     monkeypatch.undo()
@@ -219,7 +227,9 @@ def test_a_transaction_that_was_damaged_is_not_redone(tmp_path, at):
 
 def test_a_flush_that_lies_is_caught(monkeypatch):
     """The same cuts can fail."""
-    taken = cuts_while(Watched(bytes(SIZE), lies=True), 20, monkeypatch, random.Random(5))
+    disk = Watched(bytes(SIZE))
+    disk.fault("lying-flush")
+    taken = cuts_while(disk, 20, monkeypatch, random.Random(5))
     assert any(what_is_wrong(*cut) for cut in taken)
 
 

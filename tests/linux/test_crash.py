@@ -14,9 +14,10 @@ import sys
 import time
 
 import pytest
-from faulty_image import FaultyImage
 from linux_shell import QUIET
+from memory_image import MemoryImage
 
+from devices.backends.faults import FaultyImage
 from hypervisor import Machine, MachineConfig, initramfs
 
 pytestmark = pytest.mark.hardware
@@ -83,7 +84,9 @@ def what_is_wrong(image, done, folder):
 
 def cuts(guest, monkeypatch, *, mode, count, lies):
     """Run the guest and yield (disk, transactions done) at random moments."""
-    disk = FaultyImage((guest / "empty").read_bytes(), lies=lies)
+    disk = FaultyImage(MemoryImage((guest / "empty").read_bytes()), volatile=True)
+    if lies:
+        disk.fault("lying-flush")
     monkeypatch.setattr("devices.backends.image.open_image", lambda path, **_: disk)
     rng = random.Random(7)
     config = MachineConfig(
@@ -102,7 +105,7 @@ def cuts(guest, monkeypatch, *, mode, count, lies):
         for _ in range(count):
             time.sleep(rng.random() * 0.05)
             done = [int(number) for number in re.findall(rb"DONE (\d+)\.", b"".join(seen))]
-            yield disk.power_cut(rng), max(done, default=0)
+            yield disk.after_cut(seed=rng.getrandbits(64)), max(done, default=0)
         assert max(done) > KEPT, "the guest did not get far enough to show anything"
         assert machine.outcome is None
 

@@ -1,16 +1,16 @@
 """What a disk owes beyond the plain cases: errors on every way, limits, direct I/O by several threads."""
 
-import errno
 import os
 import resource
 import threading
 from struct import pack
 
 import pytest
-from faulty_image import FaultyImage
+from memory_image import MemoryImage
 from virtio_driver import Driver, FakeRam
 
 from devices.backends.errors import BackendError
+from devices.backends.faults import FaultyImage
 from devices.backends.image import open_image
 from devices.backends.limits import Limits
 from devices.events import EventLog
@@ -30,29 +30,25 @@ def request(kind, *segment):
     return pack("<IIQ", kind, 0, 0) + (pack("<QII", *segment) if segment else b"")
 
 
-@pytest.mark.parametrize(("method", "kind", "room"), [("flush", FLUSH, 1), ("readv", IN, 513)])
-def test_a_flush_or_read_that_fails_is_never_a_success(monkeypatch, method, kind, room):
+@pytest.mark.parametrize(("fault", "kind", "room"), [("flush-error", FLUSH, 1), ("read-error", IN, 513)])
+def test_a_flush_or_read_that_fails_is_never_a_success(fault, kind, room):
     """5.2.6.2: what a completed flush covers is stable."""
-    image = FaultyImage(bytes(8 * SECTOR))
+    image = FaultyImage(MemoryImage(bytes(8 * SECTOR)))
+    image.fault(fault)
     driver = disk(image)
-
-    def fail(*_):
-        raise OSError(errno.EIO, "injected")
-
-    monkeypatch.setattr(image, method, fail)
     assert driver.ask(0, request(kind), room)[-1] == IOERR
 
 
 @pytest.mark.parametrize("kind", [DISCARD, WRITE_ZEROES])
 def test_without_the_flush_feature_zeroes_are_stable_too(kind):
-    image = FaultyImage(b"x" * 8 * SECTOR)
+    image = MemoryImage(b"x" * 8 * SECTOR)
     assert disk(image, features=0).ask(0, request(kind, 0, 1, 0), 1)[-1] == OK
     assert image.flushes == 1
 
 
 @pytest.mark.parametrize("flags", [0, 1])
 def test_only_the_unmap_flag_lets_room_go(monkeypatch, flags):
-    image = FaultyImage(bytes(8 * SECTOR))
+    image = MemoryImage(bytes(8 * SECTOR))
     seen = []
     monkeypatch.setattr(image, "write_zeroes", lambda offset, size, unmap: seen.append(unmap))
     disk(image).ask(0, request(WRITE_ZEROES, 0, 1, flags), 1)
@@ -62,7 +58,7 @@ def test_only_the_unmap_flag_lets_room_go(monkeypatch, flags):
 @pytest.mark.parametrize(("kind", "segment"), [(FLUSH, ()), (DISCARD, (0, 1, 0)), (WRITE_ZEROES, (0, 1, 0))])
 def test_every_request_counts_for_the_limits(kind, segment):
     waits = []
-    driver = disk(FaultyImage(bytes(8 * SECTOR)), limits=Limits(iops=10, bandwidth=None, clock=lambda: 0.0))
+    driver = disk(MemoryImage(bytes(8 * SECTOR)), limits=Limits(iops=10, bandwidth=None, clock=lambda: 0.0))
     driver.device.wait = lambda seconds: waits.append(seconds) or True
     for _ in range(3):
         driver.ask(0, request(kind, *segment), 1)

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_image import MemoryImage
 
+from devices.backends.faults import FaultyImage
 from devices.backends.image import open_image
 from devices.backends.memory_overlay import MemoryOverlay
 from devices.backends.qcow2_header import create
@@ -148,6 +149,8 @@ def test_a_disk_that_is_read_only_has_nothing_to_go_back_from(tmp_path):
 def test_an_image_that_can_go_back_is_left_alone():
     image = rewindable(MemoryImage(bytes(SIZE)))
     assert rewindable(image) is image
+    broken = FaultyImage(MemoryImage(bytes(SIZE)))
+    assert rewindable(broken) is broken
 
 
 def test_the_memory_that_a_rewind_keeps_is_bounded(monkeypatch):

@@ -4,9 +4,10 @@ import errno
 from struct import pack, unpack_from
 
 import pytest
-from faulty_image import FaultyImage
+from memory_image import MemoryImage
 from virtio_driver import NEEDS_RESET, Driver, FakeRam
 
+from devices.backends.faults import FaultyImage
 from devices.backends.limits import Limits
 from devices.events import EventLog
 from devices.virtio.block import Block
@@ -24,7 +25,7 @@ def content():
 
 @pytest.fixture
 def image():
-    return FaultyImage(content())
+    return MemoryImage(content())
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_reads_and_writes_however_they_are_cut(driver, cuts):
 def test_beyond_the_end(driver, image, sector, count):
     assert read(driver, sector, count)[1] == IOERR
     assert write(driver, sector, bytes(count * SECTOR)) == IOERR
-    assert image._volatile == []
+    assert image.writes == 0
 
 
 def test_what_is_no_whole_sector(driver):
@@ -87,7 +88,7 @@ def test_flush_covers_what_was_written(driver, image):
     assert image.flushes == 0
     assert driver.ask(0, header(FLUSH), 1) == bytes([OK])
     assert image.flushes == 1
-    assert image._volatile == []
+    assert image.writes == 1
 
 
 def test_5_2_6_2_without_the_flush_feature_a_write_is_stable_when_it_completes(ram, image):
@@ -133,7 +134,7 @@ def test_discard_and_write_zeroes(driver):
 )
 def test_5_2_6_2_bad_segments(driver, image, kind, data, status):
     assert driver.ask(0, header(kind) + data, 1) == bytes([status])
-    assert image._volatile == []
+    assert image.writes == 0
 
 
 def test_5_2_6_2_discard_with_unmap(driver):
@@ -149,15 +150,17 @@ def test_a_disk_that_is_read_only(ram, image):
     assert driver.ask(0, header(WRITE_ZEROES) + segments((0, 1, 0)), 1) == bytes([IOERR])
     assert driver.ask(0, header(FLUSH), 1) == bytes([OK])
     assert read(driver, 7)[0] == bytes([7]) * SECTOR
-    assert image._volatile == []
+    assert image.writes == 0
 
 
-def test_an_error_of_the_host_is_the_guests_eio_and_one_line(driver, image):
-    image.fail_with = errno.ENOSPC
+def test_an_error_of_the_host_is_the_guests_eio_and_one_line(ram, image):
+    broken = FaultyImage(image)
+    broken.fault("write-error", error=errno.ENOSPC)
+    driver = disk(ram, broken)
     for _ in range(50):
         assert write(driver, 1, bytes(SECTOR)) == IOERR
     assert len(driver.device.log._once) == 1
-    image.fail_with = None
+    broken.clear()
     assert write(driver, 1, bytes(SECTOR)) == OK
 
 

@@ -8,9 +8,9 @@ from struct import pack
 from typing import NamedTuple
 
 import pytest
-from faulty_image import FaultyImage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_image import MemoryImage
 from test_virtio_console import Host
 from test_virtio_net import Network
 from test_virtio_vsock import End
@@ -127,7 +127,7 @@ class Model(NamedTuple):
 
 MODELS = {
     "block": Model(
-        lambda ram, log: Block("blk0", ram, FaultyImage(bytes(1 << 16)), queues=2, log=log),
+        lambda ram, log: Block("blk0", ram, MemoryImage(bytes(1 << 16)), queues=2, log=log),
         lambda device: None,
         block_works,
     ),
