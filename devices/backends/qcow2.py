@@ -119,7 +119,10 @@ class Qcow2Image:
     """A qcow2 image. See `devices.backends.image.Image`.
 
     Attributes:
+        path: of the image, absolute.
+        cache: how it was opened; see `devices.backends.image.open_image`.
         backing_path: where its backing file is, or None.
+        backing: that file, as an image.
     """
 
     block_size = 512
@@ -130,12 +133,14 @@ class Qcow2Image:
     ) -> None:
         """Open it; `above` are the device and inode numbers of the images that it is the backing file of."""
         self.readonly = readonly
+        self.path = os.path.abspath(path)
+        self.cache = cache
         self._path = path
         self._file = RawImage(path, readonly=readonly, cache="writeback" if cache == "none" else cache, any_size=True)
-        self._backing: Image | None = None
+        self.backing: Image | None = None
         self._lock = threading.Lock()
         try:
-            self._open(above, cache, trusted)
+            self._open(above, trusted)
         except OSError as error:
             self.close()
             raise BackendError(f"disk image {path}: {error.strerror}") from error
@@ -143,7 +148,7 @@ class Qcow2Image:
             self.close()
             raise
 
-    def _open(self, above: tuple[tuple[int, int], ...], cache: str, trusted: bool) -> None:
+    def _open(self, above: tuple[tuple[int, int], ...], trusted: bool) -> None:
         file = self._file
         data = file.read_at(0, min(file.size, 1 << 16))
         if not trusted:
@@ -166,7 +171,7 @@ class Qcow2Image:
             self.backing_path = os.path.join(os.path.dirname(self._path), header.backing)
             status = os.stat(self._path)
             chain = (*above, (status.st_dev, status.st_ino))
-            self._backing = _open_backing(self.backing_path, header.backing_format, cache=cache, above=chain)
+            self.backing = _open_backing(self.backing_path, header.backing_format, cache=self.cache, above=chain)
 
     def _prepare_to_write(self, header: Header) -> None:
         if header.incompatible & (DIRTY | CORRUPT):
@@ -310,10 +315,10 @@ class Qcow2Image:
             part[:] = self._decompress(entry)[inside : inside + len(part)]
             return
         there = 0
-        if self._backing is not None and not entry & ZERO:
-            there = max(min(self._backing.size - at, len(part)), 0)
-        if there and self._backing is not None:
-            self._backing.readv(at, [part[:there]])
+        if self.backing is not None and not entry & ZERO:
+            there = max(min(self.backing.size - at, len(part)), 0)
+        if there and self.backing is not None:
+            self.backing.readv(at, [part[:there]])
         part[there:] = bytes(len(part) - there)
 
     def _compressed_place(self, entry: int) -> tuple[int, int]:
@@ -448,14 +453,14 @@ class Qcow2Image:
 
     def _zero_clusters(self, clusters: range) -> None:
         """Make clusters read as zeroes, where the format can say so."""
-        if self._header.version < 3 and self._backing is not None:
+        if self._header.version < 3 and self.backing is not None:
             return  # nothing can be said: they stay, which a discard may do
         zero = ZERO if self._header.version >= 3 else 0
         for start in range(0, len(clusters), MAX_ZEROED):
             changes = []
             for cluster in clusters[start : start + MAX_ZEROED]:
                 entry = self._entry(cluster)
-                if entry & ~COPIED != zero and (entry or self._backing is not None):
+                if entry & ~COPIED != zero and (entry or self.backing is not None):
                     changes.append((cluster, entry, zero))
             self._change(changes)
 
@@ -495,6 +500,15 @@ class Qcow2Image:
                 self._file.write_at(self._header.l1_offset + 8 * index, self._l1[index].to_bytes(8, "big"))
             self._fresh.clear()
 
+    def settle(self) -> None:
+        """Flush until the file is complete: what the first flush sets free is in the next one's refcounts."""
+        for _ in range(3):  # and their table may have moved
+            self.flush()
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self._file.fileno()
+
     def close(self) -> None:
         """Bring what was written to the file, and close it and its backing files."""
         if self._file.is_open and not self.readonly and hasattr(self, "_refcounts"):
@@ -504,8 +518,8 @@ class Qcow2Image:
             except OSError:
                 pass  # nobody was promised that it is there
         self._file.close()
-        if self._backing is not None:
-            self._backing.close()
+        if self.backing is not None:
+            self.backing.close()
 
 
 def _words(data: bytes) -> array[int]:

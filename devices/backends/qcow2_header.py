@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from devices.backends.errors import BackendError
 
-__all__ = ["Header", "check_stands_alone", "create", "parse"]
+__all__ = ["Header", "check_stands_alone", "create", "parse", "set_backing"]
 
 MAGIC: Final = 0x514649FB
 _V2: Final = Struct(">IIQIIQIIQQIIQ")
@@ -26,6 +26,7 @@ INCOMPATIBLE: Final = {
 }
 FEATURES_AT: Final = 72
 """Offset of the incompatible features, version 3."""
+BACKING_SIZE_AT: Final = 16
 AUTOCLEAR_AT: Final = 88
 REFCOUNT_TABLE_AT: Final = 48
 BACKING_FORMAT: Final = 0xE2792ACA
@@ -160,6 +161,22 @@ def _backing_name(path: str, data: bytes, at: int, size: int) -> str | None:
     if not 0 < size <= MAX_NAME or at + size > len(data):
         raise _refuse(path, "the name of its backing file is not in the header")
     return os.fsdecode(data[at : at + size])
+
+
+def set_backing(path: str, backing: str) -> None:
+    """Name another place for an image's backing file; raises BackendError if its first cluster has no room for that.
+
+    The name is the last thing in the first cluster ("Header"), so that it may become longer.
+    """
+    name = os.fsencode(backing)
+    with open(path, "r+b") as file:
+        _, _, at, _, bits, *_ = _V2.unpack(file.read(V2_SIZE))
+        if not at or len(name) > MAX_NAME or at + len(name) > 1 << bits:
+            raise _refuse(path, f"its header has no room for the name {backing}")
+        file.seek(at)
+        file.write(name)
+        file.seek(BACKING_SIZE_AT)
+        file.write(len(name).to_bytes(4, "big"))
 
 
 def _backing_format(data: bytes, at: int) -> str | None:

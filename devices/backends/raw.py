@@ -46,7 +46,12 @@ def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
 
 
 class RawImage:
-    """A raw file or block device. See `devices.backends.image.Image`."""
+    """A raw file or block device. See `devices.backends.image.Image`.
+
+    Attributes:
+        path: of the file, absolute.
+        cache: how it was opened; see `devices.backends.image.open_image`.
+    """
 
     block_size = SECTOR
     cluster_size = 4096
@@ -61,8 +66,9 @@ class RawImage:
             any_size: take a file whose size is no multiple of 512: it is no disk, but holds one.
         """
         self.readonly = readonly
+        self.path = os.path.abspath(path)
+        self.cache = cache
         self._any_size = any_size
-        self._cache = cache
         self._direct = cache == "none"
         self._failed: OSError | None = None
         self._flush_lock = threading.Lock()
@@ -107,6 +113,10 @@ class RawImage:
     def plain_fd(self) -> int | None:
         """The file, unless every access has to be aligned."""
         return None if self._direct else self._fd
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self._fd
 
     @property
     def is_open(self) -> bool:
@@ -185,7 +195,7 @@ class RawImage:
 
     def flush(self) -> None:
         """Call fdatasync. Once it has failed it fails for good: the kernel may have dropped what it could not write."""
-        if self._cache == "unsafe":
+        if self.cache == "unsafe":
             return
         with self._flush_lock:
             if self._failed is not None:
