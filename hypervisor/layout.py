@@ -36,7 +36,10 @@ EBDA: Final = 0x9FC00
 EBDA_SIZE: Final = 0x400
 ACPI_TABLES: Final = 0xE0000
 """RSDP, then every other table; the RSDP must be on a 16-byte boundary in 0xE0000..0xFFFFF (ACPI 6.4, 5.2.5.1)."""
-ACPI_TABLES_SIZE: Final = 0x10000
+ACPI_TABLES_SIZE: Final = 0xF000
+VMGENID: Final = 0xEF028
+"""The machine's generation identifier, 16 random bytes in a page of their own, which the memory map reserves. Not on a
+16-byte boundary, where kernels look for signatures (Microsoft, Virtual Machine Generation ID, August 2012)."""
 MP_TABLE: Final = 0xF0000
 """The MP configuration table, behind the ACPI tables; its floating pointer is in the EBDA."""
 HIGH_MEMORY: Final = 0x100000
@@ -86,6 +89,8 @@ S5_SLEEP_TYPE: Final = 5
 
 # --- interrupts: GSI numbers; the first 16 are the ISA IRQs ----------------------------------------------------------
 IRQ_KEYBOARD: Final = 1
+IRQ_EVENT: Final = 3
+"""Of the generic event device (ACPI 6.4, 5.6.9): an edge for each event. COM2 has it on a PC; there is none here."""
 IRQ_COM1: Final = 4
 IRQ_RTC: Final = 8
 IRQ_SCI: Final = 9

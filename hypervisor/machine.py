@@ -197,6 +197,7 @@ class Machine:
                 virtio_mmio=self.config.virtio_mmio_places,
             )
             memory.write(layout.ACPI_TABLES, tables)
+            memory.write(layout.VMGENID, os.urandom(16))
             for gpa, table in build_mptable(cpus=cpus):
                 memory.write(gpa, table)
         for segment in self.boot_plan.segments:

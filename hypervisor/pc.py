@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from devices.ports import NamedRegisters
     from devices.rtc_mc146818 import RtcMc146818
     from devices.uart16550 import Uart16550
+    from devices.vmgenid import VmGenId
     from hypervisor.bus import Bus, Claim
     from hypervisor.console import Console
     from hypervisor.eventloop import EventLoop, LoopAlarm
@@ -213,6 +214,8 @@ class Pc:
         self._loop = loop
         self._parts: dict[str, Part] = {}
         self._consoles = {"console": console, "debug-console": debug_console}
+        self._irq = irq
+        self._memory = memory
         self._add_uart(irq(layout.IRQ_COM1), console, vm.connect_ring(console_ring), is_polled)
         debug_fast = PortFastPath(vm, layout.DEBUG_CONSOLE, vm.connect_ring(debug_ring))
         ports.claim(layout.DEBUG_CONSOLE, 1, DebugConsole(ConsoleSink(debug_console), fast=debug_fast), "debugcon")
@@ -380,3 +383,10 @@ class Pc:
                     part.irq.set(False)
         for name, console in self._consoles.items():
             console.load(states[name])
+
+    @property
+    def vmgenid(self) -> VmGenId:
+        """The machine's generation identifier, of which the ACPI tables tell."""
+        from devices.vmgenid import VmGenId
+
+        return VmGenId(ram=self._memory, gpa=layout.VMGENID, irq=self._irq(layout.IRQ_EVENT))

@@ -34,6 +34,8 @@ _IOAPIC_ID: Final = 0
 """What the ID register of KVM's IOAPIC holds after reset."""
 _PIT_GSI: Final = 2
 """KVM wires the PIT, ISA IRQ 0, to the IOAPIC's pin 2, as PCs do."""
+_STATUS_CHANGE: Final = 0x80
+"""The notification of a new generation identifier."""
 _ACTIVE_HIGH_LEVEL: Final = 0x0D
 """Polarity and trigger mode of an interrupt (5.2.12.5, MPS INTI flags)."""
 
@@ -187,8 +189,31 @@ def _virtio_mmio(number: int, base: int, gsi: int) -> bytes:
     )
 
 
+def _generation() -> bytes:
+    """Build the generation identifier's device (Virtual Machine Generation ID) and what tells of a new one.
+
+    A generic event device (ACPI 6.4, 5.6.9) and not a general-purpose event, which would have registers: a guest that
+    boots leaves for none, and an event costs it no exit either.
+    """
+    compatible = aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR"))
+    identifier = aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("TRAP0001")),
+        aml.name("_CID", compatible),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(layout.VMGENID), aml.integer(0))),
+    )
+    event = aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_CRS", aml.resources(aml.interrupt(layout.IRQ_EVENT))),
+        aml.method("_EVT", 1, aml.notify("VGEN", _STATUS_CHANGE)),
+    )
+    return identifier + event
+
+
 def _dsdt(s5_sleep_type: int, pci_devices: int, virtio_mmio: Sequence[tuple[int, int]]) -> bytes:
-    """Build the AML: PCI root and its ECAM, RTC, COM1, fw_cfg, virtio-mmio devices, and how to power off."""
+    """Build the AML: PCI root and its ECAM, the other devices, and how to power off."""
     hid, crs = "_HID", "_CRS"
     pci = aml.device(
         "PCI0",
@@ -227,4 +252,4 @@ def _dsdt(s5_sleep_type: int, pci_devices: int, virtio_mmio: Sequence[tuple[int,
     sleep_type = aml.integer(s5_sleep_type)
     s5 = aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0)))
     virtio = [_virtio_mmio(number, base, gsi) for number, (base, gsi) in enumerate(virtio_mmio)]
-    return _table(b"DSDT", 2, aml.scope("\\_SB", pci, board, rtc, com1, fw_cfg, *virtio) + s5)
+    return _table(b"DSDT", 2, aml.scope("\\_SB", pci, board, rtc, com1, fw_cfg, _generation(), *virtio) + s5)

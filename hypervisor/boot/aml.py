@@ -15,7 +15,9 @@ __all__ = [
     "interrupt",
     "io_ports",
     "irq",
+    "method",
     "name",
+    "notify",
     "package",
     "resources",
     "scope",
@@ -84,6 +86,16 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     """Encode Device(path) with its terms."""
     return b"\x5b\x82" + _with_length(_path(path) + b"".join(terms))
+
+
+def method(path: str, arguments: int, *terms: bytes) -> bytes:
+    """Encode a serialized Method(path) with so many arguments (20.2.5.2)."""
+    return b"\x14" + _with_length(_path(path) + bytes([arguments | 1 << 3]) + b"".join(terms))
+
+
+def notify(path: str, value: int) -> bytes:
+    """Encode Notify(path, value) (20.2.5.3)."""
+    return b"\x86" + _path(path) + integer(value)
 
 
 def resources(*descriptors: bytes) -> bytes:

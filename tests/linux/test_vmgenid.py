@@ -1,0 +1,49 @@
+"""The generation identifier under a stock kernel, which has no driver for it."""
+
+import re
+
+import pytest
+
+pytestmark = pytest.mark.hardware
+
+IDENTIFIER = 0xEF028
+
+
+def interrupts(shell, name):
+    """Return how many interrupts of this name there were, on all CPUs."""
+    found = re.search(rf"^ *\d+: +((?:\d+ +)+).*\b{name}$", shell.run("cat /proc/interrupts"), re.MULTILINE)
+    assert found, name
+    return sum(map(int, found[1].split()))
+
+
+def in_the_guest(shell):
+    """Return the identifier as the guest reads it in its memory."""
+    words = shell.run(
+        f"busybox dd if=/dev/mem bs=1 skip={IDENTIFIER} count=16 2>/dev/null | busybox hexdump -ve '1/1 \"%02x\"'"
+    )
+    return bytes.fromhex(words)
+
+
+def eventually(shell, name, count):
+    """Wait until so many interrupts have come; return how many there are."""
+    for _ in range(20):
+        if interrupts(shell, name) >= count:
+            break
+    return interrupts(shell, name)
+
+
+def test_debian_finds_it_and_hears_of_a_new_one(boot):
+    """One interrupt for each new identifier, none besides, and none of the system control interrupt."""
+    shell = boot("debian")
+    identifier = shell.machine._pc.vmgenid
+    assert shell.run("cat /sys/bus/acpi/devices/TRAP0001:00/path") == r"\_SB_.VGEN"
+    assert "VMGENCTR" in shell.run("cat /sys/bus/acpi/devices/TRAP0001:00/modalias")
+    assert in_the_guest(shell) == identifier.identifier != bytes(16)
+    assert interrupts(shell, "ACPI:Ged") == 0
+    control = interrupts(shell, "acpi")
+    for count in (1, 2, 3):
+        new = identifier.renew()
+        assert eventually(shell, "ACPI:Ged", count) == count
+        assert in_the_guest(shell) == new
+    assert interrupts(shell, "acpi") == control
+    assert "reserved" in shell.run("busybox grep 'e0000-' /proc/iomem").lower()
