@@ -1,4 +1,4 @@
-"""The generation identifier under a stock kernel, which has no driver for it."""
+"""The generation identifier under stock kernels: Debian's has no driver for it, the tiny one reseeds its generator."""
 
 import re
 
@@ -47,3 +47,15 @@ def test_debian_finds_it_and_hears_of_a_new_one(boot):
         assert in_the_guest(shell) == new
     assert interrupts(shell, "acpi") == control
     assert "reserved" in shell.run("busybox grep 'e0000-' /proc/iomem").lower()
+
+
+def test_the_tiny_kernel_reseeds_its_generator(boot):
+    shell = boot("tiny", rng=True)
+    shell.run("until dmesg | grep -q 'crng init done'; do sleep 1; done")
+    said = "random: crng reseeded due to virtual machine fork"
+    assert said not in shell.run("dmesg")
+    shell.machine._pc.vmgenid.renew()
+    assert shell.run(f"until dmesg | grep -q '{said}'; do usleep 100000; done; dmesg | grep -c '{said}'") == "1"
+    shell.machine._pc.vmgenid.renew(shell.machine._pc.vmgenid.identifier)  # the same one again is no news
+    assert eventually(shell, "ACPI:Ged", 2) == 2
+    assert shell.run(f"dmesg | grep -c '{said}'") == "1"
