@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from devices.backends.net import NetBackend
     from devices.events import EventLog
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "PcapFile"]
 
 MAGIC: Final = 0xA1B23C4D
 """Of a file whose times have nanoseconds."""
@@ -24,31 +24,20 @@ SNAP_LENGTH: Final = 1 << 18
 NS_PER_S: Final = 1_000_000_000
 
 
-class Capture:
-    """A network whose frames are written to a file on their way. See `devices.backends.net.NetBackend`.
+class PcapFile:
+    """A file of frames. Each frame is one write, so what a killed process leaves behind can be read."""
 
-    Each frame is one write, so what a killed process leaves behind can be read. A disk that is full ends the capture,
-    not the network.
-    """
-
-    plain_fd = None
-
-    def __init__(self, inner: NetBackend, path: str, *, log: EventLog, clock: Callable[[], int] = time.time_ns) -> None:
-        """Capture the frames of `inner`, which it closes in the end; raises BackendError when there can be no file."""
-        self._inner = inner
+    def __init__(self, path: str, *, log: EventLog, clock: Callable[[], int] = time.time_ns) -> None:
+        """Make the file; raises BackendError when that cannot be done."""
         self._log = log
         self._clock = clock
-        self.header_size = inner.header_size
-        self.offered = inner.offered
-        self.fileno = inner.fileno
-        self.set_offloads = inner.set_offloads
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise BackendError(f"capture file {path}: {error.strerror}") from error
         self._write([pack("<IHHiIII", MAGIC, 2, 4, 0, 0, SNAP_LENGTH, LINK_ETHERNET)])
 
-    def _write(self, parts: list[bytes | memoryview]) -> None:
+    def _write(self, parts: list[bytes]) -> None:
         if self._fd < 0:
             return
         try:
@@ -61,25 +50,48 @@ class Capture:
         os.close(self._fd)
         self._fd = -1
 
-    def _record(self, frame: bytes) -> None:
+    def record(self, frame: bytes) -> None:
+        """Write a frame down, with the time."""
         seconds, nanoseconds = divmod(self._clock(), NS_PER_S)
         self._write([pack("<IIII", seconds & 0xFFFF_FFFF, nanoseconds, len(frame), len(frame)), frame])
 
+    def close(self) -> None:
+        """Close the file; harmless when done already."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Capture:
+    """A network whose frames are written to a file on their way. See `devices.backends.net.NetBackend`.
+
+    A disk that is full ends the capture, not the network.
+    """
+
+    plain_fd = None
+
+    def __init__(self, inner: NetBackend, path: str, *, log: EventLog, clock: Callable[[], int] = time.time_ns) -> None:
+        """Capture the frames of `inner`, which it closes in the end; raises BackendError when there can be no file."""
+        self._inner = inner
+        self.header_size = inner.header_size
+        self.offered = inner.offered
+        self.fileno = inner.fileno
+        self.set_offloads = inner.set_offloads
+        self._file = PcapFile(path, log=log, clock=clock)
+
     def send(self, buffers: Sequence[memoryview]) -> bool:
         """Send one frame, and note it."""
-        self._record(b"".join(buffers)[self.header_size :])
+        self._file.record(b"".join(buffers)[self.header_size :])
         return self._inner.send(buffers)
 
     def receive(self, buffer: memoryview) -> int | None:
         """Take the next frame, and note it."""
         size = self._inner.receive(buffer)
         if size is not None:
-            self._record(bytes(buffer[self.header_size : size]))
+            self._file.record(bytes(buffer[self.header_size : size]))
         return size
 
     def close(self) -> None:
         """Close the file and the network."""
         self._inner.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
