@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hypervisor.console import Console, ConsoleTimeout
     from hypervisor.errors import ConfigError, HostError, ImageError, KvmError, SnapshotError, VmmError
     from hypervisor.machine import Machine
+    from hypervisor.network import Network
     from hypervisor.outcome import Outcome, Stop
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _WHERE = {
     "KvmError": "errors",
     "Machine": "machine",
     "MachineConfig": "config",
+    "Network": "network",
     "Outcome": "outcome",
     "SnapshotError": "errors",
     "Stop": "outcome",
@@ -47,6 +49,7 @@ __all__ = [
     "KvmError",
     "Machine",
     "MachineConfig",
+    "Network",
     "Outcome",
     "SnapshotError",
     "Stop",

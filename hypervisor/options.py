@@ -44,8 +44,8 @@ class NetConfig(NamedTuple):
     """A network interface.
 
     Attributes:
-        kind: "tap", "user", "link" or "none" (an interface whose cable leads nowhere).
-        name: the TAP's or the link's.
+        kind: "tap", "user", "link", "switch" or "none" (an interface whose cable leads nowhere).
+        name: the TAP's or the link's; of a switch NETWORK/PORT, a `hypervisor.Network` of this process and its port.
         mac: the guest's address as aa:bb:cc:dd:ee:ff; None takes a random one.
         pcap: file to capture every frame in.
         forward: "HOSTPORT:GUESTPORT" or "HOSTPORT:GUESTPORT/udp" each; with "user" only.
@@ -156,15 +156,15 @@ def _split(kind: type, text: str, option: str) -> dict[str, Any]:
 
 
 def _name_net(values: dict[str, Any], option: str) -> None:
-    """Turn tap=NAME, link=NAME, user and none into kind and name."""
-    kinds = [key for key in ("tap", "user", "link", "none") if key in values]
+    """Turn tap=NAME, link=NAME, switch=NETWORK/PORT, user and none into kind and name."""
+    kinds = [key for key in ("tap", "user", "link", "switch", "none") if key in values]
     if "kind" in values:
         return
     if len(kinds) != 1:
         raise ConfigError(f"{option}: which network?", hint="it begins with tap=NAME, user, link=NAME or none")
     name = values.pop(kinds[0])
     values["kind"] = kinds[0]
-    if kinds[0] in {"tap", "link"}:
+    if kinds[0] in {"tap", "link", "switch"}:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{option}: {kinds[0]} needs a name", hint=f"{kinds[0]}=NAME")
         values["name"] = name
@@ -233,8 +233,8 @@ def _check_disk(disk: DiskConfig, option: str) -> None:
 
 
 def _check_net(net: NetConfig, option: str) -> None:
-    if net.kind not in {"tap", "user", "link", "none"}:
-        raise ConfigError(f"{option}: kind is {net.kind!r}", hint="it is tap, user, link or none")
+    if net.kind not in {"tap", "user", "link", "switch", "none"}:
+        raise ConfigError(f"{option}: kind is {net.kind!r}", hint="it is tap, user, link, switch or none")
     if net.forward and net.kind != "user":
         raise ConfigError(f"{option}: forward goes with user only", hint="user,forward=HOSTPORT:GUESTPORT")
     ports = [(host, protocol) for host, _, protocol in net.forwards()]

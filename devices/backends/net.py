@@ -83,8 +83,8 @@ def open_backend(
     """Open a network.
 
     Args:
-        kind: "tap", "user", "link" or "none".
-        name: the TAP's or the link's.
+        kind: "tap", "user", "link", "switch" or "none".
+        name: the TAP's or the link's; of a switch NETWORK/PORT.
         forwards: with "user", ports of the host that lead to the guest: host port, guest port, "tcp" or "udp".
         pcap: file to capture every frame in.
         log: for what goes wrong later.
@@ -105,6 +105,10 @@ def open_backend(
         from devices.backends.link import Link
 
         backend = Link(name)
+    elif kind == "switch":
+        from devices.backends.switch import open_port
+
+        backend = open_port(name)
     elif kind == "none":
         backend = Nowhere()
     else:

@@ -1,12 +1,13 @@
-"""A small guest that drives a virtio network from ring 3: on a TAP, and two machines on a link."""
+"""A small guest that drives a virtio network from ring 3: on a TAP, and two machines on a link or a switch."""
 
 import socket
 import subprocess
 import threading
+import time
 
 import pytest
 
-from hypervisor import Machine, MachineConfig, Stop
+from hypervisor import Machine, MachineConfig, Network, Stop
 
 pytestmark = pytest.mark.kvm
 
@@ -131,3 +132,40 @@ def test_two_machines_on_a_link(tmp_path, monkeypatch, asks, answers):
         machine_on("link=lab", 0, asks, 100) as first,
     ):
         finish([started(second, failures, other), started(first, failures)], failures)
+
+
+@pytest.mark.parametrize(("asks", "answers"), [("pci", "mmio"), ("mmio", "pci")])
+def test_two_machines_on_a_switch(asks, answers):
+    """Every frame is counted, and held back as long as it shall be."""
+    failures, other = [], "52:54:00:0a:bc:0d"
+    with (
+        Network() as network,
+        machine_on(f"switch={network.name}/two", 1, answers, COUNT, other) as second,
+        machine_on(f"switch={network.name}/one", 0, asks) as first,
+        network.delay(0.02),
+    ):
+        begin = time.monotonic()
+        finish([started(second, failures, other), started(first, failures)], failures)
+        assert time.monotonic() - begin >= COUNT * 2 * 0.02
+        one, two = network.counters["one"], network.counters["two"]
+        assert (one.sent, one.received, two.sent, two.received) == (COUNT,) * 4
+
+
+@pytest.mark.parametrize(("fault", "status"), [("corrupt", 4), ("drop", None)])
+def test_the_guest_notices_what_the_switch_does(fault, status):
+    """One bit of an answer is another one, or there is no answer."""
+    with (
+        Network(seed=1) as network,
+        machine_on(f"switch={network.name}/two", 1, "pci") as second,
+        machine_on(f"switch={network.name}/one", 0, "pci") as first,
+        getattr(network, fault)(1, src="two") as made,
+    ):
+        second.start()
+        first.start()
+        if status is None:
+            with pytest.raises(TimeoutError):
+                first.wait(timeout=1)
+        else:
+            assert first.wait(timeout=60).status == status
+        assert made.hits == 1
+        assert network.counters["one"].sent == 1
