@@ -33,6 +33,10 @@ class _Bucket:
         self._left -= amount
         return max(-self._left / self._rate, 0.0)
 
+    def give_back(self, amount: float) -> None:
+        """Undo a `take`."""
+        self._left += amount
+
 
 class Limits:
     """Limits of a disk."""
@@ -52,3 +56,11 @@ class Limits:
             if self._bytes is not None:
                 waits.append(self._bytes.take(size))
         return min(max(waits), threading.TIMEOUT_MAX)
+
+    def give_back(self, size: int) -> None:
+        """Undo `take`: the request has not been made, and will be counted when it is."""
+        with self._lock:
+            if self._requests is not None:
+                self._requests.give_back(1)
+            if self._bytes is not None:
+                self._bytes.give_back(size)

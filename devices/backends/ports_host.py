@@ -87,6 +87,15 @@ class _Port:
         self.on_room: Callable[[], None] = lambda: None
         self.on_open: Callable[[], None] = lambda: None
 
+    @property
+    def held(self) -> bytes:
+        """Input that the guest has had no room for."""
+        return b""
+
+    @held.setter
+    def held(self, data: bytes) -> None:
+        """Hold `data` for the guest; an end that has no input has none."""
+
     def more(self) -> None:
         """Offer input again; there is none."""
 
@@ -138,7 +147,7 @@ class SocketPort(_Port):
             return
         self._client.setblocking(False)
         self._loop.unwatch(self._server.fileno())
-        self._loop.watch(self._client.fileno(), self._read)
+        self._read_on()
         self.is_open = True
         self.on_open()
 
@@ -157,10 +166,25 @@ class SocketPort(_Port):
         self._pending = data
         self.more()
 
+    @property
+    def held(self) -> bytes:
+        """Input that the guest has had no room for."""
+        return self._pending
+
+    @held.setter
+    def held(self, data: bytes) -> None:
+        """Hold `data` for the guest instead of what is held; whoever sent it may be gone."""
+        self._pending = data
+        self._read_on()
+
     def more(self) -> None:
         """Offer what the client sent; while it does not fit nothing more is read."""
         if self._pending:
             self._pending = self._pending[self.on_input(self._pending) :]
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read from the client while nothing is held."""
         if self._client is not None:
             if self._pending:
                 self._loop.unwatch(self._client.fileno())

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 from struct import Struct, pack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import integer, part
 from devices.ports import GuestFault
 from devices.virtio.device import VirtioDevice
-from devices.virtio.queue import BrokenQueueError
+from devices.virtio.queue import MAX_SIZE, BrokenQueueError, Chain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from devices.events import EventLog
     from devices.ports import GuestRam
-    from devices.virtio.queue import Chain, Queue
+    from devices.virtio.queue import Queue
 
 __all__ = ["Balloon", "Feature", "Statistic"]
 
@@ -142,6 +143,28 @@ class Balloon(VirtioDevice):
         super().disable(queue)
         if queue.index == STATISTICS:
             self._held = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the device's state: both sizes, the guest's statistics, and the buffer that is held of them."""
+        return super().state() | {
+            "num_pages": self._target,
+            "actual": self._actual,
+            "statistics": dict(self.statistics),
+            "held": None if self._held is None else self._held.head,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of a balloon."""
+        target, actual = (integer(state, name, 0xFFFF_FFFF) for name in ("num_pages", "actual"))
+        statistics = part(state, "statistics")
+        names = {tag.name.lower() for tag in Statistic}
+        if not statistics.keys() <= names:
+            raise ValueError(f"statistics of {sorted(statistics.keys() - names)}")
+        for name in statistics:
+            integer(statistics, name, (1 << 64) - 1)
+        held = None if state["held"] is None else Chain(integer(state, "held", MAX_SIZE - 1))
+        super().load(state)
+        self._target, self._actual, self.statistics, self._held = target, actual, statistics, held
 
     def handle_queue(self, queue: Queue, most: int | None) -> None:
         """Answer requests; a buffer for statistics is kept until they are wanted again."""

@@ -7,7 +7,7 @@ from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from devices.ports import DiskShortCut
-from devices.virtio.device import VirtioDevice
+from devices.virtio.device import UnservedError, VirtioDevice
 from devices.virtio.queue import BrokenQueueError, Chain
 
 if TYPE_CHECKING:
@@ -193,24 +193,28 @@ class Block(VirtioDevice):
         """Whether a transfer is of whole sectors that there are."""
         return size % SECTOR == 0 and size > 0 and sector + size // SECTOR <= self._sectors
 
-    def _hold_back(self, size: int) -> bool:
-        """Wait until the limits allow a request; False when the device is being stopped."""
+    def _hold_back(self, size: int) -> None:
+        """Wait until the limits allow a request; UnservedError when the device is being stopped."""
         if self._limits is None:
-            return True
+            return
         seconds = self._limits.take(size)
-        return seconds <= 0 or self.wait(seconds)
+        if seconds > 0 and not self.wait(seconds):
+            self._limits.give_back(size)
+            raise UnservedError
 
     def _read(self, chain: Chain, sector: int, size: int) -> int:
-        if not self._check(sector, size) or not self._hold_back(size):
+        if not self._check(sector, size):
             return _IOERR
+        self._hold_back(size)
         self.image.readv(sector * SECTOR, chain.slice(chain.writable, 0, size))
         return _OK
 
     def _write(self, chain: Chain, sector: int, size: int) -> int:
         del size
         size = chain.readable_size - _HEADER.size
-        if self.image.readonly or not self._check(sector, size) or not self._hold_back(size):
+        if self.image.readonly or not self._check(sector, size):
             return _IOERR
+        self._hold_back(size)
         self.image.writev(sector * SECTOR, chain.slice(chain.readable, _HEADER.size, size))
         if self._writes_through:
             self.image.flush()
@@ -218,8 +222,7 @@ class Block(VirtioDevice):
 
     def _flush(self, chain: Chain, sector: int, size: int) -> int:
         del chain, sector, size
-        if not self._hold_back(0):
-            return _IOERR
+        self._hold_back(0)
         if not self.image.readonly:
             self.image.flush()
         return _OK
@@ -249,8 +252,7 @@ class Block(VirtioDevice):
             return _IOERR
         if any(flags for _, _, flags in segments):
             return _UNSUPP
-        if not self._hold_back(0):
-            return _IOERR
+        self._hold_back(0)
         for first, sectors, _ in segments:
             if sectors:
                 self.image.discard(first * SECTOR, sectors * SECTOR)
@@ -265,8 +267,7 @@ class Block(VirtioDevice):
             return _IOERR
         if any(flags & ~_UNMAP for _, _, flags in segments):
             return _UNSUPP
-        if not self._hold_back(SECTOR * sum(sectors for _, sectors, _ in segments)):
-            return _IOERR
+        self._hold_back(SECTOR * sum(sectors for _, sectors, _ in segments))
         for first, sectors, flags in segments:
             if sectors:
                 self.image.write_zeroes(first * SECTOR, sectors * SECTOR, bool(flags & _UNMAP))

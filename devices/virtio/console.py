@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 from struct import Struct
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from devices.checked import flags, integer, integers, items
 from devices.virtio.device import VirtioDevice
-from devices.virtio.queue import BrokenQueueError
+from devices.virtio.queue import MAX_CHAIN_BYTES, BrokenQueueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from devices.events import EventLog
     from devices.ports import GuestRam
@@ -49,6 +50,7 @@ class PortHost(Protocol):
     Attributes:
         name: what the guest finds the port by; "" is the console, which is port 0.
         is_open: whether anybody is there.
+        held: input that the guest has had no room for. It is the machine's: a snapshot has it, and sets it.
         on_input: set by the device: takes bytes for the guest and returns how many found room.
         on_room: set by the device: called when the end takes output again.
         on_open: set by the device: called when `is_open` has changed.
@@ -56,6 +58,7 @@ class PortHost(Protocol):
 
     name: str
     is_open: bool
+    held: bytes
     on_input: Callable[[bytes], int]
     on_room: Callable[[], None]
     on_open: Callable[[], None]
@@ -77,6 +80,8 @@ _CONFIG: Final = Struct("<HHII")
 _CONTROL: Final = Struct("<IHH")
 _RESIZE: Final = Struct("<HH")
 _MULTIPORT: Final = int(Feature.MULTIPORT)
+_MOST_HELD: Final = 1 << 16
+_LONGEST_MESSAGE: Final = 1 << 12
 
 
 class Console(VirtioDevice):
@@ -106,6 +111,7 @@ class Console(VirtioDevice):
         self._messages: list[bytes] = []
         self._guest_open = [False] * len(ports)
         self._sent = [0] * len(ports)  # bytes of the chain at the head of each transmit queue that the host has taken
+        self._told: list[bool | None] = [None] * len(ports)  # whether the host's end is open, as the guest was told
         for number, port in enumerate(ports):
             port.on_input = lambda data, number=number: self.receive(number, data)  # type: ignore[misc]
             port.on_room = lambda number=number: self.serve(self._tx(number))  # type: ignore[misc]
@@ -157,6 +163,7 @@ class Console(VirtioDevice):
     def _host_opened(self, port: int) -> None:
         """Tell the guest that the host's end has been opened or closed."""
         if self.is_active and self.features & _MULTIPORT:
+            self._told[port] = self.ports[port].is_open
             self._tell(port, Event.PORT_OPEN, int(self.ports[port].is_open))
         self.serve(self._tx(port))
 
@@ -176,6 +183,53 @@ class Console(VirtioDevice):
         self._messages.clear()
         self._guest_open = [False] * len(self.ports)
         self._sent = [0] * len(self.ports)
+        self._told = [None] * len(self.ports)
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the device's state, with what its host's ends hold for the guest."""
+        return super().state() | {
+            "cols": self._columns,
+            "rows": self._rows,
+            "messages": list(self._messages),
+            "guest_open": list(self._guest_open),
+            "host_open": [-1 if told is None else int(told) for told in self._told],
+            "sent": list(self._sent),
+            "held": [port.held for port in self.ports],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of such a console.
+
+        Whether anybody is at the host's ends is as it is, and the guest is told when it is served.
+        """
+        count = len(self.ports)
+        columns, rows = integer(state, "cols", 0xFFFF), integer(state, "rows", 0xFFFF)
+        messages = items(state, "messages", MOST_MESSAGES)
+        guest_open = flags(state, "guest_open", count)
+        told = items(state, "host_open", count, least=count)
+        sent = integers(state, "sent", count, MAX_CHAIN_BYTES)
+        held = items(state, "held", count, least=count)
+        if any(type(one) is not int or not -1 <= one <= 1 for one in told):
+            raise ValueError(f"host_open is {told}")
+        for data, most in (*((one, _LONGEST_MESSAGE) for one in messages), *((one, _MOST_HELD) for one in held)):
+            if type(data) is not bytes or len(data) > most:
+                raise ValueError("a message, or what is held of a port")
+        super().load(state)
+        self._columns, self._rows, self._messages = columns, rows, messages
+        self._guest_open, self._sent = guest_open, sent
+        self._told = [None if one < 0 else bool(one) for one in told]
+        for port, data in zip(self.ports, held, strict=True):
+            port.held = data
+
+    def _tell_of_hosts(self) -> None:
+        """Tell the guest of host's ends that are not as it knows them: it was restored, and nobody has moved there."""
+        for number, (port, told) in enumerate(zip(self.ports, self._told, strict=True)):
+            if told is not None and told != port.is_open:
+                self._host_opened(number)
+
+    # --- queues that go -----------------------------------------------------------------------------------------------
 
     def disable(self, queue: Queue) -> None:
         """Forget how much of a transmit queue's first chain has been sent."""
@@ -190,6 +244,7 @@ class Console(VirtioDevice):
         if queue.index == CONTROL_TX:
             super().handle_queue(queue, most)
         elif queue.index == CONTROL_RX:
+            self._tell_of_hosts()
             self._flush_messages()
         else:
             port = max(queue.index // 2 - 1, 0)
@@ -257,6 +312,7 @@ class Console(VirtioDevice):
         else:
             self._tell(port, Event.CONSOLE_PORT, 1)
             self._tell(port, Event.RESIZE, 0, _RESIZE.pack(self._columns, self._rows))
+        self._told[port] = self.ports[port].is_open
         if self.ports[port].is_open:
             self._tell(port, Event.PORT_OPEN, 1)
 

@@ -6,21 +6,29 @@ to the driver; a runner, the machine's, calls `serve` when the driver kicks. The
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
+from devices.checked import flag, integer, items
 from devices.virtio.queue import EVENT_IDX, IN_ORDER, INDIRECT_DESC, BrokenQueueError, Queue
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from devices.events import EventLog
     from devices.ports import DiskShortCut, GuestRam, TapShortCut
     from devices.virtio.queue import Chain
 
-__all__ = ["VERSION_1", "Runner", "Transport", "VirtioDevice"]
+__all__ = ["VERSION_1", "Runner", "Transport", "UnservedError", "VirtioDevice"]
 
 VERSION_1: Final = 1 << 32
 """VIRTIO_F_VERSION_1 (chapter 6): this is no legacy device."""
+
+
+_MASK64: Final = (1 << 64) - 1
+
+
+class UnservedError(Exception):
+    """A model was stopped before it began with a chain: the chain stays in the queue."""
 
 
 class Transport(Protocol):
@@ -120,6 +128,35 @@ class VirtioDevice:
         """Take a queue out of use (4.2.2.2) and forget what is held of it. The runner has stopped before this."""
         queue.reset()
 
+    # --- for snapshots ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the device's state; the runner has stopped. A model adds what it has beside its queues."""
+        return {
+            "features": self.features,
+            "is_active": self.is_active,
+            "is_broken": self.is_broken,
+            "queues": [queue.state() for queue in self.queues],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; the runner has stopped, and starts afterwards if the device is active.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no state of such a device.
+        """
+        features = integer(state, "features", _MASK64)
+        is_active, is_broken = flag(state, "is_active"), flag(state, "is_broken")
+        queues = items(state, "queues", len(self.queues), least=len(self.queues))
+        if features & ~self.offered or (is_active and is_broken):
+            raise ValueError(f"{self.name} with features {features:#x}, active and broken: {is_active} {is_broken}")
+        self.is_active = False  # for good, when a queue is refused
+        for queue, its_state in zip(self.queues, queues, strict=True):
+            queue.load(its_state)
+            if is_active and queue.held > queue.size:
+                raise ValueError(f"queue {queue.index}: {queue.held} chains are held, and it has {queue.size}")
+        self.features, self.is_active, self.is_broken = features, is_active, is_broken
+
     # --- for the runner -----------------------------------------------------------------------------------------------
 
     def short_cut(self) -> DiskShortCut | TapShortCut | None:
@@ -169,11 +206,18 @@ class VirtioDevice:
                 queue.push(chain, self.handle(queue, chain))
             if most is None:
                 self.runner.kick(queue.index)
+        except UnservedError:
+            queue.unpop()
         finally:
             queue.notify_driver()
 
     def handle(self, queue: Queue, chain: Chain) -> int:
-        """Answer one chain and return how many bytes of its writable part were filled."""
+        """Answer one chain and return how many bytes of its writable part were filled.
+
+        Raises:
+            BrokenQueueError: the driver broke a rule.
+            UnservedError: the device is being stopped; nothing has been done.
+        """
         raise NotImplementedError
 
     def fail(self, queue: Queue, error: BrokenQueueError) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from enum import IntFlag
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import octets
 from devices.ports import TapShortCut
 from devices.virtio.device import VirtioDevice
 from devices.virtio.queue import BrokenQueueError, Chain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.backends.net import NetBackend
     from devices.events import EventLog
@@ -103,11 +104,14 @@ class Net(VirtioDevice):
 
     def activate(self, features: int) -> None:
         """Begin: the host may send what this driver understands."""
+        self._set_offloads(features)
+        super().activate(features)
+
+    def _set_offloads(self, features: int) -> None:
         try:
             self.backend.set_offloads(features)
         except OSError as error:  # segments without checksums (against 5.1.3.1), or the interface is gone
             self.log.once("net.offloads", error.errno, why=error.strerror)
-        super().activate(features)
 
     def reset(self) -> None:
         """Forget the driver; what the host has sent stays in the host."""
@@ -121,6 +125,35 @@ class Net(VirtioDevice):
         if fd is None:
             return None
         return TapShortCut(fd, self.backend.header_size, bool(self.features & _MERGEABLE))
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the device's state: its address, and a frame for which there are too few buffers.
+
+        Frames that wait in the host are the host's, and so is what the link is like.
+        """
+        return super().state() | {"mac": self.mac, "frame": bytes(self._scratch[: self._waiting])}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of an interface."""
+        mac = octets(state, "mac", 6, least=6)
+        frame = octets(state, "frame", len(self._scratch))
+        before = self.features if self.is_active else None
+        super().load(state)
+        self.mac = mac
+        self._waiting = len(frame)
+        self._scratch[: self._waiting] = frame
+        if not self.is_active:
+            self._watch(False)
+        elif self.features != before:
+            self._set_offloads(self.features)
+
+    def set_mac(self, mac: bytes) -> None:
+        """Have another address (6 bytes), as a copy of a machine needs; its driver is told that something changed."""
+        self.mac = mac
+        if self.is_active:
+            self.transport.config_changed()
 
     # --- to the host --------------------------------------------------------------------------------------------------
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import threading
 from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import flag, integer
 from devices.ports import GuestFault
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from devices.ports import GuestRam, Signal
 
 __all__ = ["EVENT_IDX", "INDIRECT_DESC", "IN_ORDER", "MAX_SIZE", "BrokenQueueError", "Chain", "Queue"]
@@ -46,8 +49,12 @@ _USED: Final = Struct("<II")
 NEXT_AVAILABLE: Final = 0
 NEXT_USED: Final = 1
 SIGNALLED: Final = 2
+FIRED: Final = 3
+"""Not a counter: a data path sets it to 1 before it fires the signal behind Python's back; a reset leaves it alone."""
 CURSORS: Final = 4
 """Items of `Queue.cursor`, and how many there are."""
+_WORD: Final = 0xFFFF_FFFF
+_MASK64: Final = (1 << 64) - 1
 
 
 class BrokenQueueError(Exception):
@@ -127,8 +134,8 @@ class Queue:
             device area.
         signal: the interrupt that tells the driver of used buffers; the transport sets it.
         isr: its first byte is set before every interrupt: the transport's "queue" bit of the ISR status.
-        cursor: the queue's own counters, 16 bits each: NEXT_AVAILABLE, NEXT_USED, SIGNALLED. A data path in another
-            language may work on the same queue by sharing this buffer, one of the two at a time.
+        cursor: the queue's own counters, 16 bits each: NEXT_AVAILABLE, NEXT_USED, SIGNALLED; and FIRED. A data path in
+            another language may work on the same queue by sharing this buffer, one of the two at a time.
     """
 
     def __init__(self, ram: GuestRam, index: int, max_size: int) -> None:
@@ -151,7 +158,7 @@ class Queue:
         self.features = 0
         self.is_enabled = False
         self._table = self._available = self._used = memoryview(b"")
-        for item in range(CURSORS):
+        for item in (NEXT_AVAILABLE, NEXT_USED, SIGNALLED):
             self.cursor[item] = 0
 
     def enable(self, features: int) -> None:
@@ -184,6 +191,45 @@ class Queue:
         self._mask = size - 1
         self.features = features
         self.is_enabled = True
+
+    def state(self) -> dict[str, Any]:
+        """Return what the queue is and how far both sides have come; nobody serves it meanwhile."""
+        return {
+            "size": self.size,
+            "descriptors": self.descriptors,
+            "available": self.available,
+            "used": self.used,
+            "features": self.features,
+            "is_enabled": self.is_enabled,
+            "next_available": self.cursor[NEXT_AVAILABLE],
+            "next_used": self.cursor[NEXT_USED],
+            "signalled": self.cursor[SIGNALLED],
+        }
+
+    @property
+    def held(self) -> int:
+        """How many chains have been taken and not been given back."""
+        return (self.cursor[NEXT_AVAILABLE] - self.cursor[NEXT_USED]) & 0xFFFF
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; the rings are in RAM already. Raises ValueError where no ring can be."""
+        size = integer(state, "size", _WORD)  # a driver may write any number before it enables the queue
+        addresses = [integer(state, area, _MASK64) for area in ("descriptors", "available", "used")]
+        features = integer(state, "features", _MASK64)
+        is_enabled = flag(state, "is_enabled")
+        cursors = [integer(state, name, 0xFFFF) for name in ("next_available", "next_used", "signalled")]
+        self.reset()
+        self.size = size
+        self.descriptors, self.available, self.used = addresses
+        if is_enabled:
+            try:
+                self.enable(features)
+            except BrokenQueueError as error:
+                self.reset()
+                raise ValueError(f"queue {self.index}: {error}") from error
+        self.features = features
+        for item, value in enumerate(cursors):
+            self.cursor[item] = value
 
     # --- the driver's buffers -----------------------------------------------------------------------------------------
 

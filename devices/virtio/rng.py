@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import integer
 from devices.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.events import EventLog
     from devices.ports import Alarm, GuestRam
@@ -55,6 +56,19 @@ class Rng(VirtioDevice):
         self._alarm = alarm
         self._now_ns = now_ns
         self._free_at = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return the device's state: how long the limit makes it wait."""
+        wait = 0 if self._bandwidth is None else max(self._free_at - self._now_ns(), 0)
+        return super().state() | {"wait_ns": wait}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of a source."""
+        wait = integer(state, "wait_ns", NS_PER_S)  # no request is longer than a second's allowance
+        super().load(state)
+        self._free_at = self._now_ns() + wait
+        if self._alarm is not None:
+            self._alarm.set(self._free_at if wait else None)
 
     def handle_queue(self, queue: Queue, most: int | None) -> None:
         """Answer requests, unless the limit says to wait."""

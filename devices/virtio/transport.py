@@ -6,13 +6,14 @@ The driver's mistakes are dropped, logged once, and never leave a device half co
 from __future__ import annotations
 
 from enum import IntFlag
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import flag, integer, part
 from devices.virtio.device import VERSION_1
 from devices.virtio.queue import BrokenQueueError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from devices.ports import Signal
     from devices.virtio.device import Runner, VirtioDevice
@@ -87,6 +88,49 @@ class VirtioTransport:
         self.device_select = 0
         self.driver_select = 0
         self.isr[0] = self.isr[1] = 0
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the transport and of the device behind it; the runner has stopped."""
+        return {
+            "device_status": self._status,
+            "needs_reset": self._failed,
+            "driver_feature": self._driver_features,
+            "device_feature_select": self.device_select,
+            "driver_feature_select": self.driver_select,
+            "queue_select": self.queue_select,
+            "config_generation": self.config_generation,
+            "config_is_new": self._config_is_new,
+            "isr_status": self.peek_isr(),
+            "device": self.device.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; the runner has stopped, and starts afterwards if the device is active.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no state of such a device.
+        """
+        status = integer(state, "device_status", 0xFF)
+        failed = flag(state, "needs_reset")
+        chosen = integer(state, "driver_feature", (1 << 64) - 1)
+        device_select = integer(state, "device_feature_select", _WORD)
+        driver_select = integer(state, "driver_feature_select", _WORD)
+        queue_select = integer(state, "queue_select", _WORD)
+        generation = integer(state, "config_generation", 0xFF)
+        is_new = flag(state, "config_is_new")
+        isr = integer(state, "isr_status", ISR_QUEUE | ISR_CONFIG)
+        device = part(state, "device")
+        if status & ~_DRIVER_BITS:
+            raise ValueError(f"device_status is {status:#x}")
+        if device["is_active"] and (failed or not status & DRIVER_OK or device["features"] != chosen):
+            raise ValueError(f"{self.name} works with status {status:#x}")
+        self.device.load(device)
+        self._status, self._failed, self._driver_features = status, failed, chosen
+        self.device_select, self.driver_select, self.queue_select = device_select, driver_select, queue_select
+        self.config_generation, self._config_is_new = generation, is_new
+        self.isr[0], self.isr[1] = int(bool(isr & ISR_QUEUE)), int(bool(isr & ISR_CONFIG))
 
     # --- status -------------------------------------------------------------------------------------------------------
 

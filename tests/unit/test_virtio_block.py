@@ -208,8 +208,22 @@ def test_limits(ram, image):
     assert len(waits) == 3  # a pause gives no more than a short burst
     read(driver, 0)
     assert len(waits) == 4
-    driver.device.wait = lambda seconds: False
-    assert read(driver, 0)[1] == IOERR  # the device is being stopped
+
+
+@pytest.mark.parametrize("limit", [{"iops": 10, "bandwidth": None}, {"iops": None, "bandwidth": 5120}])
+def test_a_request_that_waits_when_the_device_is_stopped_stays_in_the_queue(ram, image, limit):
+    """A pause is no error of the disk's, and the request is not counted twice."""
+    now, waits = [0.0], []
+    driver = disk(ram, image, limits=Limits(**limit, clock=lambda: now[0]))
+    driver.device.wait = lambda seconds: waits.append(seconds) or False
+    assert read(driver, 0)[1] == OK
+    _, target = driver.send(0, header(IN, 1), 513)
+    assert driver.queues[0].collect() == []
+    driver.device.wait = lambda seconds: waits.append(seconds) or True
+    driver.runner.kick(0)
+    assert len(driver.queues[0].collect()) == 1
+    assert driver.ram.read(target, 513) == bytes([1]) * SECTOR + bytes([OK])
+    assert waits == pytest.approx([0.1, 0.1])
 
 
 def test_bandwidth_counts_bytes():

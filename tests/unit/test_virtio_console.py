@@ -233,6 +233,25 @@ def test_a_client_that_does_not_read(port, loop, tmp_path):
     end.close()
 
 
+def test_what_a_snapshot_held_comes_before_what_a_new_client_says(port, loop, tmp_path):
+    port.held = b"old"
+    assert port.held == b"old"
+    end = client_of(tmp_path, loop)
+    end.sendall(b"new")
+    port.on_input = lambda data: 0
+    loop.run()
+    got = []
+    port.on_input = lambda data: got.append(data) or len(data)
+    port.more()
+    loop.run()
+    assert b"".join(got) == b"oldnew"
+    port.held = b"again"  # while a client is there: nothing more of it is read
+    assert loop.readers == {}
+    port.held = b""
+    assert len(loop.readers) == 1
+    end.close()
+
+
 def test_input_that_finds_no_room_stops_the_reading(port, loop, tmp_path):
     port.on_input = lambda data: 0
     end = client_of(tmp_path, loop)
