@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import deque
 from enum import IntEnum
 from struct import Struct
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from devices.checked import flag, integer, integers, items
 from devices.virtio.device import VirtioDevice
 from devices.virtio.queue import BrokenQueueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from devices.events import EventLog
     from devices.ports import GuestRam
@@ -38,6 +39,7 @@ class Op(IntEnum):
 
 RX: Final = 0
 TX: Final = 1
+EVENT: Final = 2
 QUEUE_SIZES: Final = (128, 128, 16)
 HOST_CID: Final = 2
 STREAM: Final = 1
@@ -55,6 +57,9 @@ FIRST_HOST_PORT: Final = 1 << 30
 _WORD: Final = 0xFFFF_FFFF
 _HEADER: Final = Struct("<QQIIIHHIII")
 HEADER_SIZE: Final = 44
+_TRANSPORT_RESET: Final = bytes(4)
+"""struct virtio_vsock_event with VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (5.10.6.7)."""
+_MASK64: Final = (1 << 64) - 1
 
 
 class Header(NamedTuple):
@@ -157,6 +162,8 @@ class Vsock(VirtioDevice):
         self._replies: deque[bytes] = deque()
         self._ready: deque[Connection] = deque()
         self._next_port = FIRST_HOST_PORT
+        self._lost: list[list[int]] = []  # connections that a restored guest believes in: its cid, and the two ports
+        self._reset_is_due = False  # whether the driver has to be told that its connections are gone
 
     # --- for the host -------------------------------------------------------------------------------------------------
 
@@ -202,14 +209,87 @@ class Vsock(VirtioDevice):
         self._connections.clear()
         self._replies.clear()
         self._ready.clear()
+        self._lost.clear()
+        self._reset_is_due = False
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the device's state; of connections only which there are: no host's end outlives its machine."""
+        return super().state() | {
+            "guest_cid": self.cid,
+            "connections": [[self.cid, *ports] for ports in self._connections] + [list(one) for one in self._lost],
+            "replies": list(self._replies),
+            "next_port": self._next_port,
+            "reset_is_due": self._reset_is_due,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of a socket device.
+
+        Every connection is closed, here and, as soon as the device is served, in the guest: it gets an RST for each,
+        and the event that its connections are gone.
+        """
+        cid = integer(state, "guest_cid", _MASK64)
+        rows = items(state, "connections", 2 * MAX_CONNECTIONS)
+        lost = [integers({"connection": row}, "connection", 3, _MASK64) for row in rows]
+        if any(port > _WORD for row in lost for port in row[1:]):
+            raise ValueError(f"connections {lost}")
+        replies = items(state, "replies", MAX_REPLIES + 3 * MAX_CONNECTIONS)
+        if any(type(reply) is not bytes or len(reply) != HEADER_SIZE for reply in replies):
+            raise ValueError("a reply that is no header")
+        next_port = integer(state, "next_port", _WORD)
+        is_due = flag(state, "reset_is_due")
+        super().load(state)
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        self._ready.clear()
+        self._replies = deque(replies)
+        self.cid, self._next_port, self._lost, self._reset_is_due = cid, next_port, lost, is_due
+
+    def set_cid(self, cid: int) -> None:
+        """Have another address, as a copy of a machine needs: the driver is told to ask for it (5.10.6.7)."""
+        if cid == self.cid:
+            return
+        self._admit_losses()
+        self.cid = cid
+        if self.is_active:
+            self._reset_is_due = True
+            self.transport.config_changed()
+            self.runner.kick(EVENT)
+
+    def _admit_losses(self) -> None:
+        """Reset what the guest believes to be connected; of the replies to it only resets are still true."""
+        if not self._lost:
+            return
+        self._replies = deque(reply for reply in self._replies if _HEADER.unpack(reply)[6] == Op.RST)
+        for cid, host_port, guest_port in self._lost:
+            header = _HEADER.pack(HOST_CID, cid, host_port, guest_port, 0, STREAM, Op.RST, 0, 0, 0)
+            self._replies.append(header)
+        self._lost = []
+        self._reset_is_due = True
+
+    def _give_event(self, queue: Queue) -> None:
+        """Tell the driver that its connections are gone, if that is due and it has a buffer for it."""
+        while self._reset_is_due:
+            chain = queue.pop()
+            if chain is not None:
+                self._reset_is_due = False
+                queue.push(chain, chain.scatter(_TRANSPORT_RESET))
+                queue.notify_driver()
+            elif not queue.expect_kicks():
+                return
 
     # --- from the guest -----------------------------------------------------------------------------------------------
 
     def handle_queue(self, queue: Queue, most: int | None) -> None:
         """Take the guest's packets, and give it those that it has buffers for."""
         del most
+        self._admit_losses()
         if queue.index == TX:
             self._take_packets(queue)
+        elif queue.index == EVENT:
+            self._give_event(queue)
         rx = self.queues[RX]
         if queue.index in {RX, TX} and rx.is_enabled:
             had_to_wait = len(self._replies) >= MAX_REPLIES
