@@ -11,6 +11,7 @@ from enum import IntEnum, IntFlag
 from struct import pack
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from devices.checked import integer, octets
 from devices.ports import OPEN_BUS, register_of
 from devices.saved import Saved
 
@@ -224,6 +225,24 @@ class PciFunction:
             (bar, self.peek(_BAR0 + 4 * bar, width) & ~_BAR_TYPE_BITS, size)
             for bar, (size, width) in self._bars.items()
         ]
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the configuration space: command, BARs, capabilities. A kind of function adds what else it has."""
+        return {"config_space": bytes(self._space)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says. The BARs decode when the bus is told to look: `PciBus.update`, once for all.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no state of such a function.
+        """
+        space = octets(state, "config_space", _SPACE, least=_SPACE)
+        theirs, ours, writable = (int.from_bytes(one, "little") for one in (space, self._space, self._writable))
+        if wrong := (theirs ^ ours) & ~writable:
+            raise ValueError(f"another function's configuration space, from {(wrong & -wrong).bit_length() // 8:#x} on")
+        self._space[:] = space
 
     # --- for the kind of function -------------------------------------------------------------------------------------
 
@@ -515,6 +534,18 @@ class PciConfigPorts:
             self._reset_control = value & _RST_BITS
             if starts:
                 self._on_reset()
+
+    def state(self) -> dict[str, Any]:
+        """Return the registers of the ports; what is behind them has its own."""
+        return {"config_address": self._address, "reset_control": self._reset_control}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says; nothing is reset."""
+        address = integer(state, "config_address", _ADDRESS_BITS)
+        reset_control = integer(state, "reset_control", _RST_BITS)
+        if address & ~_ADDRESS_BITS or reset_control & ~_RST_BITS:
+            raise ValueError(f"CONFIG_ADDRESS is {address:#x}, RST_CNT {reset_control:#x}")
+        self._address, self._reset_control = address, reset_control
 
     def register_name(self, offset: int, *, write: bool) -> str:
         """Return the name of the register at `offset`: that of the ports, not of what CONFIG_ADDRESS chose."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from enum import IntFlag
 from struct import pack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import flag, flags, integers
 from devices.ports import OPEN_BUS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from devices.pci import PciFunction
     from devices.ports import RoutedSignal
@@ -111,11 +112,16 @@ class Msix:
 
     def update(self) -> None:
         """Look at Message Control and the command register again: the guest may have written them."""
-        control = self._function.peek(self._control, 2)
-        state = bool(control & _ENABLE), bool(control & _FUNCTION_MASK), self._function.intx_is_disabled
-        if state != (self.is_enabled, self._is_masked, self._pin_is_off):
-            self.is_enabled, self._is_masked, self._pin_is_off = state
+        if self._read_switches():
             self._route_all()
+
+    def _read_switches(self) -> bool:
+        """Take notice of Message Control and the command register; return whether something has changed."""
+        control = self._function.peek(self._control, 2)
+        before = self.is_enabled, self._is_masked, self._pin_is_off
+        after = bool(control & _ENABLE), bool(control & _FUNCTION_MASK), self._function.intx_is_disabled
+        self.is_enabled, self._is_masked, self._pin_is_off = after
+        return before != after
 
     def vector(self, signal: int) -> int:
         """Return the vector of a signal, NO_VECTOR if it has none."""
@@ -129,6 +135,45 @@ class Msix:
     def any_pending(self) -> bool:
         """Whether any signal is being held back."""
         return any(signal.is_pending for signal in self._signals)
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the table, what is mapped to which vector, and what is being held back; Message Control is not in it.
+
+        It is part of the function's configuration space.
+        """
+        return {
+            "table": list(self._table),
+            "vectors": list(self._vectors),
+            "is_live": self._is_live,
+            "pending": [signal.is_pending for signal in self._signals],
+        }
+
+    def parse(self, state: Mapping[str, Any]) -> tuple[list[int], list[int], bool, list[bool]]:
+        """Return a state's parts for `put`; raises KeyError, TypeError or ValueError when it is none."""
+        table = integers(state, "table", 4 * self.vectors, 0xFFFF_FFFF)
+        vectors = integers(state, "vectors", len(self._signals), NO_VECTOR)
+        for index, word in enumerate(table):
+            if word & ~_ENTRY_BITS[index % 4]:
+                raise ValueError(f"dword {index} of the vector table is {word:#x}")
+        if any(vector != NO_VECTOR and vector >= self.vectors for vector in vectors):
+            raise ValueError(f"vectors {vectors} of {self.vectors}")
+        return table, vectors, flag(state, "is_live"), flags(state, "pending", len(self._signals))
+
+    def put(self, parts: tuple[list[int], list[int], bool, list[bool]]) -> None:
+        """Become what `parse` found, with the switches that are in the configuration space by now.
+
+        What was being held back is forgotten first: a signal that is connected would deliver it.
+        """
+        self._table, self._vectors, self._is_live, pending = parts
+        self._read_switches()
+        for signal in self._signals:
+            signal.forget()
+        self._route_all()
+        for signal, is_pending in zip(self._signals, pending, strict=True):
+            if is_pending:
+                signal.fire()
 
     # --- the guest's accesses -----------------------------------------------------------------------------------------
 

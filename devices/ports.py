@@ -188,6 +188,9 @@ class RoutedSignal(Signal, Protocol):
     def hold(self) -> None:
         """Hold back what is fired from now on (a masked vector)."""
 
+    def forget(self) -> None:
+        """Drop what is being held back."""
+
     @property
     def is_pending(self) -> bool:
         """Whether something is being held back."""

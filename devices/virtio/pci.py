@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from enum import IntEnum
 from struct import pack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from devices.checked import part
 from devices.pci import PciFunction
 from devices.pci_msix import NO_VECTOR, Msix
 from devices.ports import OPEN_BUS, register_of
 from devices.virtio.transport import DRIVER_OK, VirtioTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from devices.ports import RoutedSignal
     from devices.virtio.device import Runner, VirtioDevice
@@ -197,6 +198,28 @@ class VirtioPci(PciFunction):
         """Whether the function drives its pin now: asked by the machine after the guest's end of interrupt."""
         return self.interrupt_is_pending and not self.intx_is_disabled
 
+    @property
+    def _pin_is_in_use(self) -> bool:
+        return not self._msix.is_enabled and not self.intx_is_disabled
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the function, its interrupts, its transport, and the device; the runner has stopped."""
+        return super().state() | {"msix": self._msix.state(), "transport": self.transport.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` says, but for decoding: see PciFunction. The runner starts afterwards.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no state of such a function.
+        """
+        msix = self._msix.parse(part(state, "msix"))
+        super().load({"config_space": state["config_space"]})
+        self.transport.load(part(state, "transport"))
+        self._msix.put(msix)
+        self._pin_was_in_use = self._pin_is_in_use
+
     # --- configuration space ------------------------------------------------------------------------------------------
 
     @property
@@ -229,7 +252,7 @@ class VirtioPci(PciFunction):
         if was_enabled and not self._msix.is_enabled and not had_pending:
             # The causes in it went out as messages. They would hold a line down that nobody comes to release.
             self.transport.take_isr()
-        is_in_use = not self._msix.is_enabled and not self.intx_is_disabled
+        is_in_use = self._pin_is_in_use
         if is_in_use and not self._pin_was_in_use and self.line_is_asserted:
             self._config_signal.fire()
         self._pin_was_in_use = is_in_use
