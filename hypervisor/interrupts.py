@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hypervisor.eventloop import EventLoop
     from hypervisor.kvm import Vm
@@ -39,12 +40,18 @@ class NoSignal:
     def hold(self) -> None:
         """Hold nothing."""
 
+    def forget(self) -> None:
+        """Hold nothing."""
+
 
 class Signal:
     """An eventfd, and where KVM takes it; fits `devices.ports.RoutedSignal`.
 
     What is fired while it is held stays in the eventfd, and KVM delivers it when it is connected again: so masking a
     vector needs no bookkeeping here.
+
+    Attributes:
+        was_fired: whether it may have been fired since it was settled, held or connected.
     """
 
     def __init__(self, interrupts: Interrupts, message_gsi: int, line_gsi: int, pin: LevelPin | None) -> None:
@@ -55,9 +62,11 @@ class Signal:
         self._pin = pin
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._connected: int | None = None
+        self.was_fired = False
 
     def fire(self) -> None:
         """Interrupt the guest."""
+        self.was_fired = True
         try:
             os.eventfd_write(self._fd, 1)
         except BlockingIOError:
@@ -66,6 +75,11 @@ class Signal:
     def fileno(self) -> int:
         """Return the eventfd."""
         return self._fd
+
+    @property
+    def is_on_line(self) -> bool:
+        """Whether it is delivered by the interrupt line now."""
+        return self._connected is not None and self._connected == self._line_gsi
 
     @property
     def is_pending(self) -> bool:
@@ -98,6 +112,26 @@ class Signal:
         if self._connected is not None:
             self._interrupts.vm.disconnect_irqfd(self._fd, self._connected)
             self._connected = None
+            self.was_fired = False  # KVM has delivered all of it before it lets go
+
+    def forget(self) -> None:
+        """Drop what is being held back."""
+        if self._connected is None:
+            try:
+                os.eventfd_read(self._fd)
+            except BlockingIOError:
+                pass  # nothing was
+
+    def settle(self) -> None:
+        """Return when whatever was fired is in the interrupt controllers; nobody fires it meanwhile.
+
+        KVM may leave the delivery to a worker, and waits for that only when it is told to let go of an eventfd. A line
+        is low afterwards when no other signal holds it: see `VirtioBoard.resume`.
+        """
+        if self.was_fired and (gsi := self._connected) is not None:
+            self.hold()
+            self._connect(gsi, self._pin.resample_fd if self._pin is not None and gsi == self._line_gsi else None)
+        self.was_fired = False
 
     def _connect(self, gsi: int, resample_fd: int | None) -> None:
         self._interrupts.vm.connect_irqfd(self._fd, gsi, resample_fd)
@@ -125,6 +159,10 @@ class LevelPin:
         self._loop = loop
         loop.watch(self.resample_fd, self._on_end_of_interrupt)
 
+    def settle(self) -> None:
+        """See to an end of interrupt that the loop has not come to yet; in the loop's thread."""
+        self._on_end_of_interrupt()
+
     def _on_end_of_interrupt(self) -> None:
         try:
             os.eventfd_read(self.resample_fd)
@@ -149,6 +187,7 @@ class Interrupts:
         self._loop = loop
         self._messages: dict[int, tuple[int, int]] = {}
         self._next_gsi = FIRST_MESSAGE_GSI
+        self._is_collecting = False
         self._owned: list[Signal | LevelPin] = []
 
     def edge(self, gsi: int) -> Signal:
@@ -176,7 +215,33 @@ class Interrupts:
         """Make GSI `gsi` this MSI, address and data."""
         if self._messages.get(gsi) != message:
             self._messages[gsi] = message
-            self.vm.set_routes(self._messages)
+            if not self._is_collecting:
+                self.vm.set_routes(self._messages)
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Tell KVM of all messages that change meanwhile at once, in the end: each time it waits for all its readers.
+
+        What is fired meanwhile as a message that has changed may be lost.
+        """
+        before = dict(self._messages)
+        self._is_collecting = True
+        try:
+            yield
+        finally:
+            self._is_collecting = False
+            if self._messages != before:
+                self.vm.set_routes(self._messages)
+
+    def settle(self) -> None:
+        """Return when all that was fired is in the interrupt controllers.
+
+        To be called in the loop's thread, while nobody fires.
+        """
+        for kind in (LevelPin, Signal):  # an end of interrupt may raise a line again
+            for one in self._owned:
+                if isinstance(one, kind):
+                    one.settle()
 
     def close(self) -> None:
         """Close every eventfd."""

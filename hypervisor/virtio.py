@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Final
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from devices.backends.errors import BackendError
+from devices.checked import part
 from devices.events import EventLog
+from devices.virtio.queue import FIRED
 from hypervisor import layout
 from hypervisor.errors import ConfigError
-from hypervisor.interrupts import Interrupts, NoSignal
+from hypervisor.interrupts import Interrupts, NoSignal, Signal
 from hypervisor.kvm import host_address
 from hypervisor.runner import LoopRunner, ThreadRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from devices.backends.image import Image
     from devices.pci import PciBus
     from devices.virtio.balloon import Balloon
     from devices.virtio.device import VirtioDevice
+    from devices.virtio.mmio import VirtioMmio
+    from devices.virtio.net import Net
     from devices.virtio.pci import VirtioPci
+    from devices.virtio.queue import Queue
+    from devices.virtio.vsock import Vsock
     from hypervisor.bus import Bus
     from hypervisor.config import MachineConfig
     from hypervisor.eventloop import EventLoop, LoopAlarm
@@ -123,6 +130,9 @@ class VirtioBoard:
         self.devices: dict[str, VirtioDevice] = {}
         self.balloon: Balloon | None = None
         self._made: list[tuple[VirtioDevice, LoopRunner | ThreadRunner, threading.Lock]] = []
+        self._shown: dict[str, VirtioMmio | VirtioPci] = {}
+        self._signals: list[tuple[Queue, Signal]] = []
+        self._lines: list[tuple[VirtioPci, Signal]] = []
         try:
             self._make_devices()
         except BackendError as error:
@@ -215,6 +225,8 @@ class VirtioBoard:
         locked = LockedLoop(self._loop, lock)
 
         def watch(wanted: bool) -> None:
+            if backend.fileno() < 0:
+                return  # it leads nowhere
             if wanted:
                 locked.watch(backend.fileno(), device.host_ready)
             else:
@@ -294,7 +306,9 @@ class VirtioBoard:
         places = layout.virtio_mmio_places(len(self._made))
         for (device, runner, lock), (base, gsi) in zip(self._made, places, strict=True):
             signal = NoSignal() if self._interrupts is None else self._interrupts.edge(gsi)
-            transport = VirtioMmio(device, runner, signal)
+            transport = self._shown[device.name] = VirtioMmio(device, runner, signal)
+            if isinstance(signal, Signal):
+                self._signals += [(queue, signal) for queue in device.queues]
             memory.claim(base, layout.VIRTIO_MMIO_STRIDE, transport, transport.name, lock=lock)
             for index, fd in enumerate(runner.kick_fds):
                 self._vm.connect_doorbell(fd, base + QUEUE_NOTIFY, value=index)
@@ -329,10 +343,13 @@ class VirtioBoard:
         else:
             pin = interrupts.pin()
             signals = [interrupts.routed(gsi, pin) for _ in (*device.queues, None)]
+            self._signals += zip(device.queues, signals, strict=False)
             function = VirtioPci(device, runner, signals[:-1], signals[-1])
             pin.is_asserted = lambda: function.line_is_asserted
             pin.raise_again = signals[-1].fire
+            self._lines.append((function, signals[-1]))
         function.set_interrupt_line(gsi)
+        self._shown[device.name] = function
         bells: dict[int, int] = {}  # address by queue, while its BAR decodes
 
         def on_decode(bar: int, base: int | None) -> None:
@@ -348,6 +365,76 @@ class VirtioBoard:
 
         function.on_decode = on_decode
         return function
+
+    # --- snapshots ----------------------------------------------------------------------------------------------------
+
+    def quiesce(self) -> None:
+        """Let the devices come to rest: nothing is in flight, and what they fired is in the interrupt controllers.
+
+        To be called in the event loop's thread, with every vCPU parked. What follows is `state`, `load`, KVM's state
+        and memory in the order that the machine needs, and then `resume`.
+        """
+        for _, runner, lock in self._made:
+            with lock:
+                runner.pause()
+        for queue, signal in self._signals:
+            if queue.cursor[FIRED]:  # by a data path
+                queue.cursor[FIRED] = 0
+                signal.was_fired = True
+        if self._interrupts is not None:
+            self._interrupts.settle()
+
+    def resume(self) -> None:
+        """Let the devices go on after `quiesce`, in the event loop's thread, before any vCPU does.
+
+        Every queue is served once, so no kick that came before is missed. An interrupt line that a device holds is
+        raised again: settling may have lowered it, and a restored one has not been raised here.
+        """
+        for device, runner, lock in self._made:
+            with lock:
+                if device.is_active:
+                    runner.start()
+                else:
+                    runner.stop()
+        for function, signal in self._lines:
+            if signal.is_on_line and function.line_is_asserted:
+                signal.fire()
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of every device, by its name, as plain values; between `quiesce` and `resume`."""
+        return {name: shown.state() for name, shown in self._shown.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Put every device into the state that `state` says; between `quiesce` and `resume`, memory being there.
+
+        The devices may be new, or have run. KVM is told only of what is not as it was.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no state of these devices; they are of no more use.
+        """
+        if state.keys() != self._shown.keys():
+            raise ValueError(f"a state of {', '.join(state)} for {', '.join(self._shown)}")
+        interrupts = self._interrupts
+        with nullcontext() if interrupts is None else interrupts.collected():
+            for name, shown in self._shown.items():
+                shown.load(part(state, name))
+        if self.pci is not None:
+            self.pci.update()
+
+    def set_mac(self, name: str, mac: bytes) -> None:
+        """Give a copy's network interface an address of its own; after `resume`, while no vCPU runs."""
+        net = cast("Net", self.devices[name])
+        with self._lock_of(name):
+            net.set_mac(mac)
+
+    def set_cid(self, cid: int) -> None:
+        """Give a copy's socket device an address of its own; after `resume`, while no vCPU runs."""
+        vsock = cast("Vsock", self.devices["vsock0"])
+        with self._lock_of("vsock0"):
+            vsock.set_cid(cid)
+
+    def _lock_of(self, name: str) -> threading.Lock:
+        return next(lock for device, _, lock in self._made if device.name == name)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

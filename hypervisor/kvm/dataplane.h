@@ -21,7 +21,7 @@ struct hv_ram_range {
 struct hv_queue {
     /* set by the caller: addresses in this process, checked to be RAM */
     uint64_t descriptors, available, used;
-    uint16_t *cursor; /* NEXT_AVAILABLE, NEXT_USED, SIGNALLED */
+    uint16_t *cursor; /* NEXT_AVAILABLE, NEXT_USED, SIGNALLED, FIRED */
     uint8_t *isr;
     int32_t call_fd, kick_fd; /* eventfds: to interrupt the driver (-1: none), and by which it kicks */
     uint32_t size, most, index;

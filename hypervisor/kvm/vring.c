@@ -4,7 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { NEXT_AVAILABLE, NEXT_USED, SIGNALLED };
+enum { NEXT_AVAILABLE, NEXT_USED, SIGNALLED, FIRED };
 enum { F_NEXT = 1, F_WRITE = 2, F_INDIRECT = 4 };
 
 struct descriptor {
@@ -154,6 +154,7 @@ void hv_queue_notify(struct hv_queue *queue)
     }
     __atomic_store_n(queue->isr, 1, __ATOMIC_SEQ_CST);
     if (queue->call_fd >= 0) {
+        queue->cursor[FIRED] = 1;
         uint64_t one = 1;
         ssize_t written = write(queue->call_fd, &one, sizeof one);
         (void)written; /* EAGAIN: so many are held back that one more makes no difference */

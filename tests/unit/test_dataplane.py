@@ -113,6 +113,12 @@ class Disk:
     def request(self, kind, sector, data=b"", room=0, **how):
         return self.driver.send(0, pack("<IIQ", kind, 0, sector) + data, room + 1, **how)
 
+    def close_path(self):
+        """Go on with a new path: one that was stopped stays so."""
+        self.path.close()
+        device = self.driver.device
+        self.path = DiskPath(self.ram.ranges, device.queues[0], device.short_cut(), self.kick_fd)
+
     def close(self):
         self.path.close()
         self.image.close()
@@ -125,6 +131,25 @@ def disk(tmp_path):
     disk = Disk(tmp_path)
     yield disk
     disk.close()
+
+
+def test_a_path_says_that_it_has_fired(disk):
+    """Whoever has to know whether an interrupt may be on its way asks for it: C fires behind Python's back."""
+    queue = disk.driver.device.queues[0]
+    disk.request(IN, 0, room=SECTOR, cuts=(SECTOR,))
+    assert queue.cursor[3] == 0
+    disk.driver.queues[0].want_interrupt(wanted=False)
+    disk.run()
+    assert queue.cursor[3] == 0
+    disk.close_path()
+    disk.request(IN, 0, room=SECTOR, cuts=(SECTOR,))
+    disk.driver.queues[0].collect()
+    disk.driver.queues[0].want_interrupt(at=1)
+    disk.run()
+    assert disk.driver.signals[0].count == 1
+    assert queue.cursor[3] == 1
+    queue.reset()
+    assert list(queue.cursor) == [0, 0, 0, 1], "what was fired is on its way, whatever becomes of the queue"
 
 
 def in_shape(kind, data, room):

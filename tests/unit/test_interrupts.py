@@ -176,3 +176,119 @@ def test_a_message_to_no_lapic_is_held(vm, interrupts, address):
     signal.fire()
     signal.to_message(0xFEE00000, 3)
     assert vm.delivered == [(0xFEE00000, 3)]
+
+
+# --- snapshots --------------------------------------------------------------------------------------------------------
+
+
+class Late(Vm):
+    """KVM delivers only when it is told to let go: a worker that is as late as it may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.let_go = []
+
+    def look(self):
+        pass
+
+    def disconnect_irqfd(self, fd, gsi):
+        super().look()
+        super().disconnect_irqfd(fd, gsi)
+        self.let_go.append(gsi)
+
+
+def test_what_was_fired_is_delivered_when_all_is_settled(loop):
+    vm = Late()
+    interrupts = Interrupts(vm, loop)
+    pin = interrupts.pin()
+    message, line, edge, quiet, held = (
+        interrupts.routed(LINE, pin), interrupts.routed(LINE, pin), interrupts.edge(5), interrupts.edge(6),
+        interrupts.routed(LINE, pin),
+    )  # fmt: skip
+    message.to_message(0xFEE00000, 1)
+    line.to_line()
+    for signal in (message, line, edge, held):
+        signal.fire()
+    connected = dict(vm.connected)
+    interrupts.settle()
+    assert sorted(vm.delivered, key=str) == [(0xFEE00000, 1), 17, 5]
+    assert vm.connected == connected
+    assert vm.resample[line.fileno()] == pin.resample_fd
+    assert vm.resample[message.fileno()] is None
+    assert held.is_pending
+    assert not quiet.was_fired
+    assert vm.let_go == [24, LINE, 5], "what was not fired costs nothing"
+    interrupts.settle()
+    assert len(vm.let_go) == 3
+    interrupts.close()
+
+
+def test_a_data_path_has_fired(loop):
+    vm = Late()
+    interrupts = Interrupts(vm, loop)
+    signal = interrupts.edge(5)
+    os.eventfd_write(signal.fileno(), 1)
+    signal.was_fired = True
+    interrupts.settle()
+    assert vm.delivered == [5]
+    interrupts.close()
+
+
+def test_an_end_of_interrupt_that_nobody_has_seen_is_seen_to(loop, vm):
+    """Settled in the loop's thread, before the loop comes to it."""
+    interrupts = Interrupts(vm, loop)
+    pin = interrupts.pin()
+    signal = interrupts.routed(LINE, pin)
+    pin.is_asserted, pin.raise_again = (lambda: True), signal.fire
+    signal.to_line()
+    done = threading.Event()
+
+    def settle():
+        os.eventfd_write(pin.resample_fd, 1)
+        interrupts.settle()
+        done.set()
+
+    loop.call_soon(settle)
+    assert done.wait(10)
+    assert vm.delivered == [LINE]
+    interrupts.close()
+
+
+def test_forgetting(vm, interrupts):
+    signal = interrupts.routed(LINE, interrupts.pin())
+    signal.forget()
+    signal.fire()
+    signal.fire()
+    signal.forget()
+    assert not signal.is_pending
+    signal.to_message(0xFEE00000, 1)
+    assert vm.delivered == []
+    signal.fire()
+    signal.forget()  # it is on its way already
+    vm.look()
+    assert vm.delivered == [(0xFEE00000, 1)]
+
+
+def test_messages_that_change_together_are_told_once(vm, interrupts):
+    pin = interrupts.pin()
+    signals = [interrupts.routed(LINE, pin) for _ in range(3)]
+    with interrupts.collected():
+        for number, signal in enumerate(signals):
+            signal.to_message(0xFEE00000, number)
+    assert vm.calls == 3 + 1
+    assert vm.routes == {24 + number: (0xFEE00000, number) for number in range(3)}
+    with interrupts.collected():
+        for number, signal in enumerate(signals):
+            signal.to_message(0xFEE00000, number)
+    assert vm.calls == 3 + 1
+    signals[1].to_message(0xFEE00000, 9)
+    assert vm.routes[25] == (0xFEE00000, 9)
+
+
+def test_a_signal_knows_whether_it_is_on_the_line(interrupts):
+    signal = interrupts.routed(LINE, interrupts.pin())
+    assert not signal.is_on_line
+    signal.to_line()
+    assert signal.is_on_line
+    signal.to_message(0xFEE00000, 1)
+    assert not signal.is_on_line

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -107,6 +108,120 @@ def test_threads_serve_a_group_each_and_end_with_stop():
     runner.close()
 
 
+def threads_of(device):
+    return {thread.ident for thread in threading.enumerate() if thread.name.startswith(f"hv-{device.name}")}
+
+
+def test_a_pause_serves_nothing_and_keeps_the_threads():
+    device = Device()
+    paths = []
+    runner = ThreadRunner(device, lambda *_: paths.append(BusyPath()) or paths[-1], [[0], [1]], pytest.fail)
+    runner.start()
+    before = threads_of(device)
+    assert len(before) == 2
+    for count in (1, 2, 3):
+        for path in paths[-2:]:
+            path.wait_for_work()
+        runner.pause()
+        assert all(path.at_rest.is_set() for path in paths)
+        taken = [path.taken for path in paths]
+        runner.kick(0)
+        assert threads_of(device) == before
+        runner.pause()  # once more is once
+        runner.start()
+        assert len(paths) == 2 * (count + 1), "data paths are made anew: the queues may be elsewhere"
+        assert [path.taken for path in paths[: len(taken)]] == taken
+    runner.stop()
+    assert threads_of(device) == set()
+    runner.start()
+    runner.pause()
+    runner.stop()
+    assert threads_of(device) == set()
+    runner.close()
+
+
+def test_a_pause_of_a_device_that_has_no_data_path():
+    device = Device()
+    runner = ThreadRunner(device, lambda *_: None, [[0], [1]], pytest.fail)
+    runner.start()
+    device.wait_for(2)
+    runner.pause()
+    served = len(device.served)
+    runner.kick(0)
+    assert len(device.served) == served
+    runner.start()
+    device.wait_for(served + 2)
+    runner.stop()
+    runner.close()
+
+
+def test_a_wait_ends_when_the_device_is_paused():
+    device = Device(1)
+    waited = []
+    runner = ThreadRunner(device, lambda *_: None, [[0]], pytest.fail)
+    device.serve = lambda index, most=None: waited.append(runner.wait(SECONDS))
+    runner.start()
+    runner.pause()
+    assert waited[:1] in ([False], [])
+    runner.stop()
+    runner.close()
+
+
+def test_after_a_fault_there_is_another_thread():
+    device = Device(1)
+    faults = []
+    serve = device.serve
+
+    def fail(index, most=None):
+        raise ValueError("model")
+
+    device.serve = fail
+    came = threading.Event()
+    runner = ThreadRunner(device, lambda *_: None, [[0]], lambda error: (faults.append(error), came.set()))
+    runner.start()
+    assert came.wait(SECONDS)
+    runner.pause()
+    assert len(faults) == 1
+    device.serve = serve
+    runner.start()
+    device.wait_for(1)
+    runner.stop()
+    runner.close()
+
+
+def test_the_loop_pauses_without_being_told(loop):
+    """In the loop's own thread; what was kicked meanwhile is served afterwards."""
+    device = Device()
+    device.lock = lock = threading.Lock()
+    runner = LoopRunner(device, loop, lock)
+    with lock:
+        runner.start()
+    device.wait_for(2)
+    seen = []
+
+    def pause():
+        with lock:
+            runner.pause()
+            runner.kick(1)
+            seen.append(len(device.served))
+            runner.start()
+
+    loop.call_soon(pause)
+    device.wait_for(4)
+    assert seen == [2]
+    runner.kick(0)
+    device.wait_for(5)
+    with lock:
+        runner.pause()
+        runner.stop()
+    runner.kick(0)
+    done = threading.Event()
+    loop.call_soon(done.set)
+    assert done.wait(SECONDS)
+    assert len(device.served) == 5
+    runner.close()
+
+
 def test_a_group_with_a_disabled_queue_has_no_thread():
     device = Device()
     device.queues[0].is_enabled = False
@@ -187,6 +302,10 @@ class BusyPath:
             self.taken += 1
         self.at_rest.set()
         return -1
+
+    def wait_for_work(self):
+        while not self.taken:
+            time.sleep(0.001)
 
     def stop(self):
         self.stopped.set()
