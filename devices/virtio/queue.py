@@ -227,7 +227,6 @@ class Queue:
             except BrokenQueueError as error:
                 self.reset()
                 raise ValueError(f"queue {self.index}: {error}") from error
-        self.features = features
         for item, value in enumerate(cursors):
             self.cursor[item] = value
 

@@ -122,6 +122,17 @@ def test_a_guest_answers_over_a_tap(wire, virtio):
         finish([thread], failures)
 
 
+@pytest.mark.parametrize("virtio", ["mmio", "pci"])
+def test_a_network_that_leads_nowhere_takes_frames(virtio):
+    config = MachineConfig(
+        "virtio-net-bench", ram_mib=32, debug_exit="raw", virtio=virtio, nets=["none"], append="50 4 64 0 0"
+    )
+    with Machine(config) as machine:
+        outcome = machine.run(timeout=60)
+        assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
+        assert machine.devices["net0"].dropped == 50
+
+
 @pytest.mark.parametrize(("asks", "answers"), [("pci", "mmio"), ("mmio", "pci")])
 def test_two_machines_on_a_link(tmp_path, monkeypatch, asks, answers):
     """In one process, on different transports, without root: the one that asks checks every byte."""

@@ -29,7 +29,7 @@ def on_loop(machine, function):
     def call():
         try:
             result.append(function())
-        except Exception as error:
+        except BaseException as error:  # noqa: BLE001 - it belongs to the caller
             failure.append(error)
         done.set()
 

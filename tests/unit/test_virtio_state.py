@@ -188,11 +188,13 @@ def active(kind, seed=1):
 def test_no_queue_can_be_like_that(change):
     frozen = active("Disk")
     frozen["state"]["device"]["queues"][0].update(change)
-    other = WORLDS["Disk"](1)
-    other.ram.low[:] = frozen["ram"][0]
-    with pytest.raises(ValueError, match=r".+"):
-        other.driver.transport.load(frozen["state"])
-    assert not other.device.is_active
+    other, used = WORLDS["Disk"](1), WORLDS["Disk"](1)
+    used.driver.start()
+    for world in (other, used):
+        world.ram.low[:] = frozen["ram"][0]
+        with pytest.raises(ValueError, match=r".+"):
+            world.driver.transport.load(frozen["state"])
+        assert not world.device.is_active
 
 
 @pytest.mark.parametrize(
