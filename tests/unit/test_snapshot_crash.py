@@ -29,6 +29,7 @@ seed = {seed}
 while True:
     save({target!r}, ram(24, seed=seed, dense=(1, 5, 9, 20)), state={{"seed": seed}}, layers={{"disk-0": b"x" * 70000}},
          compress=bool(seed % 2))
+    print("saved", flush=True)
     seed += 1
 """
 
@@ -51,14 +52,17 @@ def test_killed_at_any_moment_the_old_or_the_new_is_whole(tmp_path, first):
     moments = random.Random(7)
     seen = set()
     cut_short = 0
-    save(target, ram(24, seed=-1, dense=(1, 5, 9, 20)), state={"seed": -1}, layers={"disk-0": b"x"})
+    start = time.monotonic()
+    save(target, ram(24, seed=-1, dense=(1, 5, 9, 20)), state={"seed": -1}, layers={"disk-0": b"x" * 70000})
+    took = time.monotonic() - start
     for number in range(KILLS // 2):
         if first and target.exists():
             directory.remove_tree(target)
         script = SAVER.format(path=[p for p in sys.path if p], seed=1000 * number, target=str(target))
         with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(moments.random() * 0.04)
+            for _ in range(1 + number % 3):
+                process.stdout.readline()
+            time.sleep(moments.random() * took)
             process.send_signal(signal.SIGKILL)
         if target.exists():
             with Snapshot.open(target) as snapshot:
