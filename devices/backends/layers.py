@@ -181,6 +181,8 @@ def open_saved(description: Mapping[str, Any], folder: str, *, private: bool) ->
         raise ValueError("a disk's description is malformed")
     path = _checked(layer, folder)
     shared = readonly or private or memory
+    if private:
+        cache = "writeback"  # clones share what the host's page cache holds of the layer
     image: Image
     if layer["format"] == "qcow2":
         image = open_qcow2(path, readonly=shared, cache=cache)
