@@ -143,6 +143,10 @@ def test_a_links_folder_whose_path_is_too_long(image, tmp_path):
     refused(run(image, "--net", "link=lab", XDG_RUNTIME_DIR=str(long)), "longer than 107", "XDG_RUNTIME_DIR")
 
 
+def test_a_switch_is_for_machines_of_one_process(image):
+    refused(run(image, "--net", "switch=lab/a"), "there is no network 'lab' in this process", "link=NAME")
+
+
 def test_a_capture_that_cannot_be_written(image, tmp_path):
     refused(run(image, "--net", f"none,pcap={tmp_path}/no/file"), f"capture file {tmp_path}/no/file: No such file")
 

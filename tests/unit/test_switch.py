@@ -225,13 +225,24 @@ def test_a_port_becomes_readable_when_a_delay_is_over():
         two.close()
 
 
-def test_an_earlier_frame_is_not_kept_waiting_by_a_later_one(lab):
-    lab.learn()
-    with lab.network.delay(3600):
-        lab.send("a", "b", b"late")
-    lab.send("a", "b", b"now")
-    assert readable(lab.ports["b"])
-    assert lab.get("b") == [b"now"]
+def test_a_port_wakes_for_the_frame_that_is_there_first():
+    """On the real clock, a far one being sent before a near one, and one that is there at once."""
+    with Network() as network:
+        one, two = (network.attach(name) for name in ("one", "two"))
+        buffer, frame = memoryview(bytearray(100)), [memoryview(EVERYBODY + MAC["a"] + b"\x88\xb5")]
+        for seconds in (3600, 0.1, 0):
+            with network.delay(seconds):
+                one.send(frame)
+        assert readable(two)
+        assert two.receive(buffer) == 14
+        assert two.receive(buffer) is None
+        assert not readable(two)
+        assert readable(two, 10)
+        assert two.receive(buffer) == 14
+        assert two.receive(buffer) is None
+        assert not readable(two)
+        one.close()
+        two.close()
 
 
 def test_many_threads_send_and_none_is_lost():
@@ -398,13 +409,27 @@ def test_reorder_swaps_neighbours(lab):
     assert lab.get("b") == [b"\4"]
 
 
-def test_a_held_back_frame_that_arrived_by_itself_holds_nobody_up(lab):
+def test_a_held_back_frame_that_arrived_by_itself_waits_for_nobody(lab):
     lab.learn()
-    with lab.network.reorder(1, within=0.1):
-        lab.send("a", "b", b"1")
+    lab.network.reorder(1, within=0.1)
+    lab.send("a", "b", b"1")
     lab.wait(100)
     assert lab.get("b") == [b"1"]
     lab.send("a", "b", b"2")
+    assert lab.get("b") == []
+    lab.send("a", "b", b"3")
+    assert lab.get("b") == [b"3", b"2"]
+
+
+def test_a_held_back_frame_is_not_held_longer_by_a_slow_one(lab):
+    lab.learn()
+    with lab.network.reorder(1, within=0.1):
+        lab.send("a", "b", b"1")
+    with lab.network.delay(1):
+        lab.send("a", "b", b"2")
+    lab.wait(100)
+    assert lab.get("b") == [b"1"]
+    lab.wait(900)
     assert lab.get("b") == [b"2"]
 
 
