@@ -233,11 +233,11 @@ class RtcMc146818:
         """Return the registers, and how far the clock is from the host's.
 
         `divider_ns` is the divider chain less the host's UTC, `time_s` the time registers less the divider's seconds,
-        `period` how many of the periodic interrupt's periods have gone by in this second.
+        `period` how many of the periodic interrupt's periods have gone by in this second, if the chain runs.
         """
         self._catch_up()
         self._update_irq()
-        runs = self._divider_runs()
+        period = self._period - self._periods(self._second * _NS) if self._divider_runs() else 0
         return {
             "index": self._index,
             "A": self._a,
@@ -245,8 +245,8 @@ class RtcMc146818:
             "C": self._c,
             "RAM": bytes(self._cmos),
             "divider_ns": self._phase_ns,
-            "time_s": self._load_time() - self._second if runs else 0,
-            "period": self._period - self._periods(self._second * _NS) if runs else 0,
+            "time_s": self._load_time() - self._second,
+            "period": period,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
