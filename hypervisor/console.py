@@ -276,7 +276,6 @@ class Console:
         saved.end()
         self.pump()
         with self._changed:
-            self._dropped += len(self._kept)
             self._kept.clear()
             self._matched = self._dropped
             self._ended = False

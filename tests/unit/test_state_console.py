@@ -113,6 +113,17 @@ def test_output_from_before_the_load_matches_nothing(consoles):
     assert console.last_lines() == ["three # four"]
 
 
+def test_a_read_after_the_load_waits_for_something_new(consoles):
+    console = consoles()
+    console.write_from_guest(b"of before")
+    console.expect("before")
+    console.load(IDLE)
+    timer = threading.Timer(0.05, lambda: (console.write_from_guest(b"new"), console.pump()))
+    timer.start()
+    assert console.read(timeout=10) == b"new"
+    timer.join()
+
+
 def test_who_waits_already_waits_for_what_comes_after_the_load(consoles):
     console = consoles()
     console.write_from_guest(b"login")
