@@ -87,3 +87,35 @@ def check_refusals(bench, out_of_range, nothing=()):
             bench.device.load(value)
     assert bench.device.state() == state
     assert bench.seen() == seen
+
+
+def check_mutations(make, operation, seed, *, most=60):
+    """Change a state at random: what is taken all the same must not fail later, whatever the guest does."""
+    chance = random.Random(seed)
+    bench = make(chance.randrange(1 << 50))
+    taken = 0
+    for _ in range(20):
+        walk(bench, chance, operation, most)
+        state = bench.device.state()
+        for field in chance.sample(sorted(state), chance.randrange(1, 4) if len(state) > 3 else 1):
+            state[field] = mutated(state[field], chance)
+        try:
+            bench.device.load(state)
+        except (KeyError, TypeError, ValueError):
+            continue
+        taken += 1
+        walk(bench, chance, operation, most)
+    return taken
+
+
+def mutated(value, chance):
+    """Return another value, most often of the same type."""
+    if type(value) is int and chance.random() < 0.9:
+        return chance.choice((value ^ 1 << chance.randrange(8), chance.getrandbits(chance.randrange(1, 80)), -value))
+    if type(value) is bool and chance.random() < 0.9:
+        return not value
+    if type(value) is bytes and chance.random() < 0.9:
+        return chance.randbytes(chance.choice((len(value), len(value), len(value) + 1)))
+    if type(value) is list and chance.random() < 0.9:
+        return [chance.randrange(0x102) for _ in range(chance.randrange(18))]
+    return chance.choice((None, 0, True, b"", [], "", {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fakes import FakeIrq
-from state_walks import check_refusals, check_walk
+from state_walks import check_mutations, check_refusals, check_walk
 
 from devices.fw_cfg import FwCfg
 from devices.i8042 import I8042
@@ -183,3 +183,13 @@ def test_what_is_no_state_of_configuration_ports_is_refused():
     bench = Ports()
     bench.device.write(ADDRESS, 4, 0x8000_0800)
     check_refusals(bench, {"CONFIG_ADDRESS": (1, 0x4000_0000, -1, 1 << 32), "RST_CNT": (1, 0x10, -1)})
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "operation"), [(Keyboard, keyboard_operation), (Items, items_operation), (Ports, ports_operation)]
+)
+def test_a_changed_state_is_refused_or_does_no_harm(make, operation):
+    assert sum(check_mutations(make, operation, seed) for seed in range(40)) > 50

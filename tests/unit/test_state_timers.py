@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 from fakes import FakeAlarm, FakeClock, FakeIrq
-from state_walks import check_refusals, check_walk
+from state_walks import check_mutations, check_refusals, check_walk
 
 from devices.acpi_pm import AcpiPm
 from devices.rtc_mc146818 import RtcMc146818
@@ -134,6 +134,10 @@ def test_a_pressed_button_is_saved():
     assert later.irq.level
     later.device.write(STATUS, 2, PWRBTN)
     assert not later.irq.level
+
+
+def test_a_changed_state_of_power_management_is_refused_or_does_no_harm():
+    assert sum(check_mutations(Pm, pm_operation, seed) for seed in range(40)) > 50
 
 
 def test_what_is_no_state_of_power_management_is_refused():
@@ -274,6 +278,10 @@ def test_the_phase_of_the_periodic_interrupt_is_kept():
     assert not later.irq.level
     later.run(2 * MS)
     assert later.irq.level
+
+
+def test_a_changed_clock_is_refused_or_does_no_harm():
+    assert sum(check_mutations(Rtc, rtc_operation, seed) for seed in range(40)) > 50
 
 
 def test_what_is_no_state_of_a_clock_is_refused():

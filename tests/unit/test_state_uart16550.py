@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fakes import FakeClock, FakeFastPath
-from state_walks import check_refusals, check_walk
+from state_walks import check_mutations, check_refusals, check_walk
 from uart_port import (
     BI,
     DLAB,
@@ -167,6 +167,10 @@ def test_a_load_calls_nobody():
     bench.device.receive(b"xyz")
     bench.device.load(Bench().device.state() | {"refused": True})
     assert bench.rooms == 0
+
+
+def test_a_changed_state_is_refused_or_does_no_harm():
+    assert sum(check_mutations(Bench, operation, seed) for seed in range(40)) > 50
 
 
 def test_what_is_no_state_is_refused():
