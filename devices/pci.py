@@ -11,7 +11,7 @@ from enum import IntEnum, IntFlag
 from struct import pack
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from devices.checked import integer, octets
+from devices.checked import octets
 from devices.ports import OPEN_BUS, register_of
 from devices.saved import Saved
 
@@ -534,18 +534,6 @@ class PciConfigPorts:
             self._reset_control = value & _RST_BITS
             if starts:
                 self._on_reset()
-
-    def state(self) -> dict[str, Any]:
-        """Return the registers of the ports; what is behind them has its own."""
-        return {"config_address": self._address, "reset_control": self._reset_control}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Become what `state` says; nothing is reset."""
-        address = integer(state, "config_address", _ADDRESS_BITS)
-        reset_control = integer(state, "reset_control", _RST_BITS)
-        if address & ~_ADDRESS_BITS or reset_control & ~_RST_BITS:
-            raise ValueError(f"CONFIG_ADDRESS is {address:#x}, RST_CNT {reset_control:#x}")
-        self._address, self._reset_control = address, reset_control
 
     def register_name(self, offset: int, *, write: bool) -> str:
         """Return the name of the register at `offset`: that of the ports, not of what CONFIG_ADDRESS chose."""

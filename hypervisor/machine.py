@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
@@ -14,7 +14,7 @@ from hypervisor.boot.mptable import build_mptable
 from hypervisor.bus import Bus
 from hypervisor.clock import Clock
 from hypervisor.console import Console
-from hypervisor.errors import ConfigError, HostError
+from hypervisor.errors import ConfigError, HostError, SnapshotError
 from hypervisor.eventloop import EventLoop
 from hypervisor.host import is_software_kvm
 from hypervisor.images import plan_boot
@@ -27,9 +27,11 @@ from hypervisor.reset import apply_entry, reset_vcpu
 from hypervisor.vcpu import Vcpu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Self
 
+    from devices.backends.faults import FaultyImage
     from devices.virtio.balloon import Balloon
     from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
     from hypervisor.profile.live import LiveExits
     from hypervisor.profile.model import Profile
     from hypervisor.profile.recording import Recording
+    from hypervisor.requests import Requests
+    from hypervisor.snapshot.origin import Origin
+    from hypervisor.snapshot.store import Snapshot
+
+T = TypeVar("T")
 
 STOP_SECONDS: Final = 10.0
 MOST_EVERY: Final = (1 << 32) - 1
@@ -61,11 +68,12 @@ class Machine:
         bus_pio, bus_mmio: who answers which port and address.
         devices: the virtio devices' models by name, such as "blk0"; `balloon` is the memory balloon, if there is one.
         boot_plan: what was loaded where.
+        on_start: called by `start` before anything moves; what it raises, `start` raises.
         profile_trouble: what is wrong with the profile that was recorded; empty when nothing is, or none was.
     """
 
-    def __init__(self, config: MachineConfig) -> None:
-        """Build the machine.
+    def __init__(self, config: MachineConfig, *, origin: Origin | None = None) -> None:
+        """Build the machine: one that boots a kernel, or one that shall go on from `origin`, see `load`.
 
         Raises:
             ConfigError: the description cannot be met (ImageError: because of a file).
@@ -76,18 +84,25 @@ class Machine:
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._started = False
+        self._is_paused = False
+        self._still = threading.RLock()  # who pauses, and who goes on
         self._clock: Clock | None = None
         self._live: LiveExits | None = None
         self._recording: Recording | None = None
         self._control: Control | None = None
+        self._served: Requests | None = None
         self.profile_trouble = ""
         self._software_kvm = is_software_kvm()
         cpuid.parse(config.cpu)  # the user's mistakes before the host's
-        self.boot_plan, self._symbols = plan_boot(config)
+        self.boot_plan, self._symbols = plan_boot(config) if origin is None else origin.plan()
+        self._origin = origin
+        self._is_copy = False
+        self.on_start: Callable[[], None] = lambda: None
         with ExitStack() as stack:
-            self.memory = GuestMemory(config.ram_mib * layout.MIB)
+            self.memory = GuestMemory(config.ram_mib * layout.MIB, None if origin is None else origin.content)
             stack.callback(self.memory.close)
             kvm = stack.enter_context(Kvm())
+            self._kvm = kvm
             self._refuse_linux_on_software_kvm()
             self._vm = kvm.create_vm()
             stack.callback(self._vm.close)
@@ -97,7 +112,8 @@ class Machine:
             stack.callback(self.loop.close)
             self._build_vm(kvm)
             self._build_devices(stack)
-            self._load()
+            if origin is None:
+                self._load()
             self._stack = stack.pop_all()
 
     # --- building -----------------------------------------------------------------------------------------------------
@@ -138,7 +154,8 @@ class Machine:
             handle.set_cpuid(table)
             reset_vcpu(handle, has_lapic=has_lapic)
             self.vcpus.append(Vcpu(handle, self.bus_pio, self.bus_mmio, self._end))
-        apply_entry(self.vcpus[0].handle, self.boot_plan.entry)
+        if self.boot_plan.entry is not None:
+            apply_entry(self.vcpus[0].handle, self.boot_plan.entry)
 
     def _build_devices(self, stack: ExitStack) -> None:
         rings = []
@@ -158,6 +175,7 @@ class Machine:
                 loop=self.loop,
                 memory=self.memory,
                 on_fault=lambda error: self._end(Outcome.fault(error)),
+                open_disk=None if self._origin is None else self._origin.open_disk,
             )
             stack.callback(self._virtio.close)
             self._virtio.claim(self.bus_mmio)
@@ -207,6 +225,7 @@ class Machine:
 
     def start(self) -> None:
         """Start the vCPUs; returns at once."""
+        self.on_start()
         with self._lock:
             if self._started:
                 raise ConfigError("the machine has been started already")
@@ -218,6 +237,10 @@ class Machine:
         if self._recording is not None:
             self._recording.begin(self._exits())
         self.loop.start()
+        if self._origin is not None and self._virtio is not None:
+            self.loop.run(self._virtio.resume)
+        if self._is_copy:
+            self._become_another()
         for vcpu in self.vcpus:
             vcpu.start()
 
@@ -268,20 +291,203 @@ class Machine:
 
     def pause(self) -> None:
         """Stop all vCPUs between two instructions; returns when they stand still."""
-        for vcpu in self.vcpus:
-            vcpu.request_pause()
-        for vcpu in self.vcpus:
-            vcpu.wait_parked()
+        with self._still:
+            self._is_paused = True
+            for vcpu in self.vcpus:
+                vcpu.request_pause()
+            for vcpu in self.vcpus:
+                vcpu.wait_parked()
 
     def resume(self) -> None:
         """Let the vCPUs go on after `pause`."""
-        for vcpu in self.vcpus:
-            vcpu.resume()
+        with self._still:
+            self._is_paused = False
+            for vcpu in self.vcpus:
+                vcpu.resume()
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` was called last, and not `resume`."""
+        return self._is_paused
+
+    # --- its state ----------------------------------------------------------------------------------------------------
+
+    def stand_still(self, function: Callable[[], T]) -> T:
+        """Return what `function` does while nothing moves: no vCPU, no queue of a device, no timer, no input.
+
+        It runs in the event loop's thread. A machine that was paused before stays so.
+
+        Raises:
+            SnapshotError: the machine has ended.
+        """
+        with self._still:
+            was_paused = self._is_paused
+            if self._started:
+                self.pause()
+            try:
+                if self._outcome is not None:
+                    raise SnapshotError("the machine has ended", hint=f"{self._outcome.message}")
+                return self.loop.run(lambda: self._without_devices(function))
+            finally:
+                if not was_paused and self._started:
+                    self.resume()
+
+    def _without_devices(self, function: Callable[[], T]) -> T:
+        self.console.pump()
+        self.debug_console.pump()
+        if self._virtio is None or not self._started:
+            return function()
+        self._virtio.quiesce()
+        try:
+            return function()
+        finally:
+            if self._outcome is None:  # what was given away must not touch its disks any more
+                self._virtio.resume()
+
+    def capture(self) -> dict[str, Any]:
+        """Return all of its state but RAM and disks, as plain values; for a `function` of `stand_still`."""
+        from hypervisor.kvm.state import save, to_plain  # noqa: PLC0415 - for those who save
+
+        return {
+            "booted": self._booted(),
+            "kvm": to_plain(save(self._vm, self._kvm.msr_indices())),
+            "devices": self._pc.state(),
+            "virtio": {} if self._virtio is None else self._virtio.state(),
+        }
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        compress: bool = False,
+        suspend: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Save the machine to a directory, a snapshot; the guest stands still meanwhile.
+
+        Args:
+            path: of the directory; a snapshot that is there already is replaced, as a whole.
+            base: another snapshot of it: only what has changed since is saved, and the other is needed to restore.
+            compress: the memory.
+            suspend: end the machine then, and do not copy its disks: it goes on with them as they are.
+            progress: called now and then with bytes of memory done, and all of them.
+
+        Raises:
+            SnapshotError: there is something else at `path`, `base` is none of this machine, or it has ended.
+            HostError: the host does not take it (SaveError); what was at `path` is as it was.
+        """
+        from hypervisor.snapshot.machines import save  # noqa: PLC0415 - for those who save
+
+        save(self, path, base=base, compress=compress, suspend=suspend, progress=progress)
+
+    @classmethod
+    def restore(
+        cls,
+        snapshot: str | os.PathLike[str] | Snapshot,
+        *,
+        clone: bool = False,
+        verify: bool = True,
+        advance: bool = False,
+        **changes: Any,
+    ) -> Self:
+        """Return a machine that goes on from a snapshot when it is started. Memory is read as the guest touches it.
+
+        Args:
+            snapshot: its directory, or one that is open.
+            clone: make a machine that can run beside others from the same snapshot: network addresses, the vsock
+                device's address and the generation identifier are new, sockets and files of ports and captures get
+                names of their own, and what it writes to disks is kept in memory.
+            verify: compare memory and disks with their hashes first.
+            advance: let the guest's clocks be where they would be had it run all the while.
+            changes: values of its description that are others now, such as paths; the same devices must be there.
+
+        Raises:
+            SnapshotError: it is damaged, of another version, not of such a machine, or does not run on this host.
+            ConfigError, HostError: as the constructor.
+        """
+        from hypervisor.snapshot.machines import apart, origin_of  # noqa: PLC0415 - for those who restore
+        from hypervisor.snapshot.store import Snapshot  # noqa: PLC0415 - the same
+
+        with ExitStack() as stack:
+            if not isinstance(snapshot, Snapshot):
+                snapshot = stack.enter_context(Snapshot.open(snapshot))
+            config = snapshot.config
+            config = config.replace(**(apart(config) if clone else {}) | changes)
+            origin = origin_of(snapshot, clone=clone, verify=verify)
+            try:
+                machine = cls(config, origin=origin)
+            finally:
+                if origin.content is not None:
+                    os.close(origin.content.fd)
+            try:
+                machine.load(snapshot.state, advance=advance)
+            except BaseException:
+                machine.close()
+                raise
+        machine._is_copy = clone
+        return machine
+
+    def save_disks(self, folder: str, *, mode: str) -> dict[str, Any]:
+        """Save every disk, see `VirtioBoard.save_disks`; for a `function` of `stand_still`."""
+        return {} if self._virtio is None else self._virtio.save_disks(folder, mode=mode)
+
+    def _become_another(self) -> None:
+        """Tell the guest that it is a copy: new network addresses, vsock address and generation identifier.
+
+        What its programs made of the old ones, such as a machine id, is theirs to make anew.
+        """
+        if self._virtio is not None:
+            self._virtio.renew_addresses()
+        self._pc.vmgenid.renew()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what another process needs to build a machine that can take this one's state, as plain values."""
+        from hypervisor.kvm.vcpu_state import read_cpuid  # noqa: PLC0415 - for those who move a machine
+
+        boot = self.vcpus[0]
+        table = boot.call(lambda: read_cpuid(boot.handle.fileno()))
+        return {"config": self.config.to_plain(), "cpuid": [list(row) for row in table], "booted": self._booted()}
+
+    def _booted(self) -> dict[str, Any]:
+        plan = self.boot_plan
+        symbols = self._symbols
+        if symbols is None and plan.symbols is not None and isinstance(self.config.kernel, str | os.PathLike):
+            symbols = os.path.abspath(self.config.kernel)
+        return {"kind": plan.kind, "is_linux": plan.is_linux, "release": plan.release, "symbols": symbols}
+
+    def load(self, state: Mapping[str, Any], *, advance: bool = False) -> None:
+        """Put the machine into a state that `capture` returned, here or elsewhere; its RAM is there already.
+
+        For a machine made from an Origin before `start`, or a `function` of `stand_still`.
+
+        Args:
+            state: of a machine with the same description.
+            advance: let the guest's clocks be where they would be had it run all the while.
+
+        Raises:
+            SnapshotError: the state is not one of such a machine.
+            HostError: this host lacks something that the guest uses.
+        """
+        from hypervisor.kvm.state import from_plain, load  # noqa: PLC0415 - for those who load
+
+        try:
+            self._pc.load(state["devices"])
+            if self._virtio is not None:
+                self._virtio.load(state["virtio"])
+            load(self._vm, from_plain(state["kvm"]), advance=advance)  # last: the lines that the devices drive are set
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
+            raise SnapshotError(f"the state is not one of this machine: {type(error).__name__}: {error}") from error
 
     @property
     def devices(self) -> dict[str, VirtioDevice]:
         """The virtio devices' models, by name."""
         return {} if self._virtio is None else self._virtio.devices
+
+    @property
+    def images(self) -> dict[str, FaultyImage]:
+        """The disks' images by the names of their devices; they fail in the ways that one tells them to."""
+        return {} if self._virtio is None else self._virtio.images
 
     @property
     def balloon(self) -> Balloon | None:
@@ -431,7 +637,16 @@ class Machine:
 
         if self._control is not None:
             raise ConfigError(f"the machine is known as {self._control.name!r} already")
-        self._control = Control(self.loop, name, answer)
+        self._control = Control(self.loop, name, answer, self._requests)
+
+    def _requests(self, request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        """Have another process's request done."""
+        from hypervisor.requests import Requests  # noqa: PLC0415 - for those who ask
+
+        with self._lock:
+            if self._served is None:
+                self._served = Requests(self)
+        self._served.begin(request, reply)
 
     # --- ending -------------------------------------------------------------------------------------------------------
 

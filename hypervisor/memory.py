@@ -10,6 +10,7 @@ from hypervisor.errors import HostError
 from hypervisor.kvm.handles import host_address, map_zeroes
 from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
 
+PAGE = 4096
 HUGE_PAGE = 1 << 21
 MAP_NORESERVE = 0x4000
 
@@ -120,6 +121,10 @@ class GuestMemory:
         """
         offset = self._offset(gpa, size)
         return self._view[offset : offset + size]
+
+    def pages(self, first: int, count: int) -> memoryview:
+        """Return `count` pages of RAM from page `first` on, writable, counted without the hole: see RamRange.offset."""
+        return self._view[first * PAGE : (first + count) * PAGE]
 
     def reclaim(self, gpa: int, size: int) -> None:
         """Give pages back to the host; the guest reads zeroes there until it writes again.

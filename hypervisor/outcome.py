@@ -22,6 +22,8 @@ class Stop(Enum):
     FAIL_ENTRY = "KVM could not enter the guest"
     UNKNOWN_EXIT = "unknown KVM exit"
     KILLED = "ended from outside"
+    SUSPENDED = "the machine was saved, and ended"
+    MIGRATED = "the guest goes on in another process"
     OUTPUT_LOST = "the console's output file takes no more"
     FAULT = "a fault of the VMM"
 
@@ -30,6 +32,8 @@ STATUS = {
     Stop.POWER_OFF: 0,
     Stop.RESET: 0,
     Stop.HALTED: 0,
+    Stop.MIGRATED: 0,
+    Stop.SUSPENDED: 0,
     Stop.TRIPLE_FAULT: 4,
     Stop.PANIC: 4,
     Stop.INTERNAL_ERROR: 4,

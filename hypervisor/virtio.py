@@ -24,6 +24,7 @@ from hypervisor.runner import LoopRunner, ThreadRunner
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from devices.backends.faults import FaultyImage
     from devices.backends.image import Image
     from devices.pci import PciBus
     from devices.virtio.balloon import Balloon
@@ -43,6 +44,20 @@ if TYPE_CHECKING:
 
 MAX_QUEUES: Final = 4
 """A disk has a queue for each vCPU, up to this many: each is a thread."""
+
+
+def saved_disk(saved: Mapping[str, Any], folder: str, *, is_copy: bool) -> Image:
+    """Open a disk that was saved; raises BackendError, and as `devices.backends.layers.open_saved`.
+
+    Args:
+        saved: what `VirtioBoard.save_disks` returned of it.
+        folder: of the snapshot.
+        is_copy: the machine may not be the only one: writes are kept in memory. So they are of a disk that was copied,
+            since the copy is the snapshot's.
+    """
+    from devices.backends.layers import open_saved
+
+    return open_saved(saved, folder, private=is_copy or saved["layer"]["file"] is not None)
 
 
 class LockedLoop:
@@ -91,6 +106,7 @@ class VirtioBoard:
 
     Attributes:
         devices: the models, by name: blk0, net0, rng0 and so on, in the order in which the guest finds them.
+        images: of the disks, by the same names.
         balloon: the memory balloon, if there is one.
         pci: the bus that has them, unless they are on virtio-mmio.
         pci_lock: PCI's configuration, its BARs, and the devices behind them that the event loop serves share this lock.
@@ -128,6 +144,7 @@ class VirtioBoard:
             (ram.gpa, ram.size, host_address(memory.buffer) + memory.offset + ram.offset) for ram in memory.ranges
         ]
         self.devices: dict[str, VirtioDevice] = {}
+        self.images: dict[str, FaultyImage] = {}
         self.balloon: Balloon | None = None
         self._made: list[tuple[VirtioDevice, LoopRunner | ThreadRunner, threading.Lock]] = []
         self._shown: dict[str, VirtioMmio | VirtioPci] = {}
@@ -185,9 +202,10 @@ class VirtioBoard:
         return TapPath(self._ranges, queues[0], queues[1], short, kick_fds[0], kick_fds[1])
 
     def _add_disk(self, name: str, disk: DiskConfig) -> None:
+        from devices.backends.faults import faulty
         from devices.virtio.block import Block
 
-        image = self._open_disk(name, disk)
+        image = self.images[name] = faulty(self._open_disk(name, disk))
         self._closers.append(image.close)
         limits = None
         if disk.iops is not None or disk.bandwidth is not None:
@@ -420,6 +438,37 @@ class VirtioBoard:
                 shown.load(part(state, name))
         if self.pci is not None:
             self.pci.update()
+
+    def save_disks(self, folder: str, *, mode: str) -> dict[str, Any]:
+        """Save every disk beside a snapshot, and return what `saved_disk` opens them by; while no queue is served.
+
+        Args:
+            folder: for the files.
+            mode: "copy", or "reference": the disk's own file is what the machine goes on with.
+
+        Raises:
+            ConfigError: one cannot be saved.
+            OSError: the host does not take it.
+        """
+        from devices.backends.layers import save_layers
+
+        try:
+            return {name: save_layers(image, folder, f"disk-{name}", mode=mode) for name, image in self.images.items()}
+        except BackendError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise ConfigError(str(error), hint=error.hint or None) from error
+
+    def renew_addresses(self) -> None:
+        """Give a copy's devices addresses of their own; after `resume`, while no vCPU runs."""
+        from devices.virtio.net import Net, random_mac
+        from devices.virtio.vsock import Vsock
+
+        for name, device in self.devices.items():
+            if isinstance(device, Net):
+                self.set_mac(name, random_mac())
+            elif isinstance(device, Vsock) and self._config.vsock is not None:
+                self.set_cid(self._config.vsock.cid)
 
     def set_mac(self, name: str, mac: bytes) -> None:
         """Give a copy's network interface an address of its own; after `resume`, while no vCPU runs."""

@@ -79,7 +79,7 @@ class BootPlan(NamedTuple):
 
     Attributes:
         segments: what to put into RAM, by rising address; no two overlap and all lie in RAM.
-        entry: the state that the first CPU starts in.
+        entry: the state that the first CPU starts in; None: a machine goes on, and nothing is booted.
         kind: what is booted and how, such as "bzImage 6.1.0-49-cloud-amd64, 64-bit entry".
         is_linux: whether it is certain that this is a Linux kernel (from its setup header or its ELF notes).
         release: the kernel release that a bzImage names, to look for its System.map; else None.
@@ -87,7 +87,7 @@ class BootPlan(NamedTuple):
     """
 
     segments: tuple[Segment, ...]
-    entry: "EntryState"
+    entry: "EntryState | None"
     kind: str
     is_linux: bool
     release: str | None

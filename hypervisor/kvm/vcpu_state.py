@@ -114,7 +114,7 @@ def save_vcpu(vm: Vm, vcpu: Vcpu, msr_indices: Sequence[int]) -> VcpuState:
         xcrs=_xcrs(vm, fd),
         debug=_debug(fd),
         lapic=lapic,
-        cpuid=_cpuid(fd),
+        cpuid=read_cpuid(fd),
         msrs=msrs,
         unreadable=unreadable,
         nested=_nested(vm, fd),
@@ -172,7 +172,8 @@ def _debug(fd: int) -> dict[str, int]:
     return {f"db{i}": regs.db[i] for i in range(4)} | {"dr6": regs.dr6, "dr7": regs.dr7}
 
 
-def _cpuid(fd: int) -> list[Entry]:
+def read_cpuid(fd: int) -> list[Entry]:
+    """Return the CPUID table that the guest of the vCPU with this descriptor has."""
     table = ffi.new("struct kvm_cpuid2 *", {"entries": MAX_CPUID_ENTRIES})
     table.nent = MAX_CPUID_ENTRIES
     control(fd, lib.KVM_GET_CPUID2, table)
@@ -256,7 +257,7 @@ def load_vcpu(vm: Vm, vcpu: Vcpu, state: VcpuState, *, tsc: int, tsc_offset: int
     if not vcpu.is_settled:
         raise ValueError(f"vCPU {vcpu.index} is in the middle of an access: settle it first")
     fd = vcpu.fileno()
-    if _cpuid(fd) != state.cpuid:  # a vCPU that has run takes no other, and older kernels not even the same again
+    if read_cpuid(fd) != state.cpuid:  # a vCPU that has run takes no other, and older kernels not even the same again
         vcpu.set_cpuid(state.cpuid)
     if state.tsc_khz not in (0, vcpu.tsc_khz()):
         _set_tsc_khz(fd, state.tsc_khz)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hypervisor import cpuid
 from hypervisor.errors import HostError, SnapshotError
+from hypervisor.host import is_software_kvm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from hypervisor.kvm import Kvm
     from hypervisor.snapshot.saved import Snapshot
 
 __all__ = ["Host", "Problem", "facts", "kvm_state", "needed_capabilities", "problems", "this_host"]
@@ -84,13 +86,29 @@ def this_host() -> Host:
 
     with Kvm() as kvm:
         return Host(
-            cpuid=kvm.supported_cpuid(),
+            cpuid=_offered(kvm),
             msrs=kvm.msr_indices(),
             capabilities={name: kvm.check_extension(number) for name, number in CAPABILITIES.items()},
             max_vcpus=kvm.max_vcpus(),
             page_size=os.sysconf("SC_PAGE_SIZE"),
             available=_available(),
         )
+
+
+def _offered(kvm: Kvm) -> list[cpuid.Entry]:
+    """Return the CPUID table that a vCPU can have here: a software KVM adds what its host's CPU has for ring 3."""
+    from hypervisor.kvm.vcpu_state import read_cpuid
+
+    table: list[cpuid.Entry] = kvm.supported_cpuid()
+    if is_software_kvm():
+        vm = kvm.create_vm()
+        try:
+            vcpu = vm.create_vcpu(0)
+            vcpu.set_cpuid(table)
+            table = read_cpuid(vcpu.fileno())
+        finally:
+            vm.close()
+    return table
 
 
 def _available(path: str = "/proc/meminfo") -> int:

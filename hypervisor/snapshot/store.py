@@ -17,7 +17,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from hypervisor.errors import SnapshotError
+from hypervisor.errors import SaveError, SnapshotError
 from hypervisor.snapshot import manifest, plain
 from hypervisor.snapshot.directory import Staging, fsync
 from hypervisor.snapshot.manifest import MANIFEST, RESERVED, LayerEntry, Manifest, MemoryEntry, Parent, Range
@@ -96,6 +96,15 @@ class Writer:
     def close(self) -> None:
         """Remove what has not been committed."""
         self._staging.close()
+
+    @property
+    def folder(self) -> str:
+        """Where the files of `add_file` are, until `commit`."""
+        return self._staging.path
+
+    def refused(self, error: OSError) -> SaveError:
+        """Return the error for what the host did not take."""
+        return self._staging.refused(error)
 
     def _create(self, name: str) -> int:
         return os.open(os.path.join(self._staging.path, name), NEW, MODE)

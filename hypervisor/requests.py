@@ -1,0 +1,118 @@
+"""What other processes of this user may have a published machine do: see `hypervisor.control`.
+
+Each request is answered when it is done. Only one that takes time runs at once; how far it is can be asked
+meanwhile, and it can be given up.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Final
+
+from hypervisor.errors import ConfigError, VmmError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hypervisor.machine import Machine
+
+__all__ = ["Requests"]
+
+LONG: Final = ("save", "migrate")
+SHORT: Final = ("pause", "resume", "progress", "cancel")
+
+
+class Requests:
+    """Does what is asked of one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        """Serve `machine`."""
+        self._machine = machine
+        self._lock = threading.Lock()
+        self._running = ""
+        self._progress: dict[str, Any] = {}
+        self._cancelled = threading.Event()
+
+    def begin(self, request: Mapping[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        """Begin what a request says and have `reply` called with how it went, from any thread. The loop's thread's."""
+        what = request["do"]
+        if what not in LONG + SHORT:
+            reply({"error": f"it does one of: {', '.join(LONG + SHORT)}"})
+        elif what == "progress":
+            reply({"running": self._running, **self._progress})
+        elif what == "cancel":
+            self._cancelled.set()
+            reply({"cancelled": self._running})
+        else:
+            with self._lock:
+                if self._running:
+                    reply({"error": f"{self._running} is still going on"})
+                    return
+                self._running = what
+                self._cancelled.clear()
+                self._progress = {}
+            threading.Thread(target=self._do, args=(what, request, reply), name=f"hv-{what}", daemon=True).start()
+
+    def _do(self, what: str, request: Mapping[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        try:
+            answer = getattr(self, f"_{what}")(request)
+        except VmmError as error:
+            answer = {"error": _chain(error), "hint": error.hint, "status": error.status}
+        except Exception as error:  # noqa: BLE001 - a request shall not end a machine
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        self._running = ""
+        reply(answer)
+
+    def _pause(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        del request
+        self._machine.pause()
+        return {"paused": True}
+
+    def _resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        del request
+        self._machine.resume()
+        return {"paused": False}
+
+    def _save(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        path = request.get("path")
+        base = request.get("base")
+        if not isinstance(path, str) or not isinstance(base, str | None):
+            raise ConfigError("save: where to?", hint='{"do": "save", "path": PATH}')
+
+        def tell(done: int, total: int) -> None:
+            self._progress = {"done": done, "total": total}
+
+        suspend = request.get("suspend") is True
+        self._machine.save(path, base=base, compress=request.get("compress") is True, suspend=suspend, progress=tell)
+        return {"saved": path}
+
+    def _migrate(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        from hypervisor.migration.source import Progress, migrate  # noqa: PLC0415 - for those who migrate
+        from hypervisor.migration.wire import Tls  # noqa: PLC0415 - the same
+
+        address, tls = request.get("to"), request.get("tls")
+        if not isinstance(address, str):
+            raise ConfigError("migrate: where to?", hint='{"do": "migrate", "to": ADDRESS}')
+
+        def tell(progress: Progress) -> None:
+            self._progress = progress._asdict()
+
+        result = migrate(
+            self._machine,
+            address,
+            downtime=float(request.get("downtime", 0.1)),
+            tls=None if tls is None else Tls(*tls),
+            progress=tell,
+            cancelled=self._cancelled,
+        )
+        return result._asdict()
+
+
+def _chain(error: BaseException) -> str:
+    """Return an error's text with its causes'."""
+    parts = [str(error)]
+    while (cause := error.__cause__) is not None:
+        error = cause
+        if str(error) not in parts[-1]:
+            parts.append(str(error))
+    return ": ".join(parts)
