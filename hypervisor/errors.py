@@ -46,9 +46,16 @@ class ImageError(ConfigError):
 
 
 class SnapshotError(VmmError):
-    """A snapshot cannot be made, read or used. The message names the file and what is wrong with it."""
+    """A snapshot cannot be made, read or used. The message names the file and what is wrong with it.
+
+    It may quote what is in the file: that stays one line, and reaches no terminal as it is.
+    """
 
     status = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Say what is wrong; `hint` says what to do."""
+        super().__init__("".join(one if one.isprintable() else ascii(one)[1:-1] for one in message), hint=hint)
 
 
 class DamagedSnapshotError(SnapshotError):

@@ -116,6 +116,7 @@ def _on_disk(path: str) -> int:
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:
     from hypervisor.errors import SnapshotError
+    from hypervisor.snapshot.fit import words
 
     manifest, memory = snapshot.manifest, snapshot.manifest.memory
     missing = None
@@ -123,8 +124,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
     try:
         chain = snapshot.chain()
     except SnapshotError as error:
-        cause = f": {error.__cause__}" if error.__cause__ else ""
-        missing = f"{error}{cause}"
+        missing = words(error)
     layers = [one._asdict() | {"on_disk": _on_disk(one.path)} for one in snapshot.layers()]
     place = _on_disk(os.path.join(snapshot.path, "memory"))
     whole = sum(entry.stat().st_blocks * 512 for entry in os.scandir(snapshot.path) if entry.is_file())
@@ -218,7 +218,7 @@ def _check(options: argparse.Namespace) -> int:
         if not isinstance(error, DamagedSnapshotError):
             raise
         facts = {"file": error.file, "chunk": error.chunk, "gpa": error.gpa}
-        problems.insert(0, fit.Problem("damage", str(error), facts))
+        problems.insert(0, fit.Problem("damage", fit.words(error), facts))
     if options.json:
         print(json.dumps(_check_json(options, snapshot_id, problems), indent=2))
     else:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hypervisor.kvm import Kvm
     from hypervisor.snapshot.saved import Snapshot
 
-__all__ = ["Host", "Problem", "facts", "kvm_state", "needed_capabilities", "problems", "this_host"]
+__all__ = ["Host", "Problem", "facts", "kvm_state", "needed_capabilities", "problems", "this_host", "words"]
 
 PAGE: Final = 4096
 KVM: Final = "kvm"
@@ -64,7 +64,7 @@ class Host(NamedTuple):
     """What a host offers.
 
     Attributes:
-        cpuid: KVM_GET_SUPPORTED_CPUID.
+        cpuid: KVM_GET_SUPPORTED_CPUID, and what a vCPU is given beyond that.
         msrs: KVM_GET_MSR_INDEX_LIST.
         capabilities: KVM_CHECK_EXTENSION's answers by name.
         max_vcpus: of one VM.
@@ -109,6 +109,16 @@ def _offered(kvm: Kvm) -> list[cpuid.Entry]:
         finally:
             vm.close()
     return table
+
+
+def words(error: BaseException) -> str:
+    """Return an error and its causes on one line."""
+    parts = []
+    link: BaseException | None = error
+    while link is not None:
+        parts.append(getattr(link, "strerror", None) or str(link))
+        link = link.__cause__
+    return ": ".join(parts)
 
 
 def _available(path: str = "/proc/meminfo") -> int:
@@ -178,7 +188,7 @@ def problems(snapshot: Snapshot, host: Host | None = None) -> list[Problem]:
         try:
             host = this_host()
         except HostError as error:
-            return [*found, Problem("kvm", f"no machine runs here: {error}", {})]
+            return [*found, Problem("kvm", f"no machine runs here: {words(error)}", {})]
     found += _of_machine(snapshot, host)
     try:
         kvm = kvm_state(snapshot.state)
@@ -193,8 +203,7 @@ def _of_files(snapshot: Snapshot) -> Iterator[Problem]:
     try:
         snapshot.chain()
     except SnapshotError as error:
-        cause = f": {error.__cause__}" if error.__cause__ else ""
-        yield Problem("parent", f"{error}{cause}", {})
+        yield Problem("parent", words(error), {})
     for disk in snapshot.machine.get("disks") or ():
         path = disk.get("path") if isinstance(disk, dict) else None
         if isinstance(path, str) and not os.path.exists(path):

@@ -193,11 +193,11 @@ def _refuse_other_version(data: bytes, path: str) -> None:
 
 
 def _refuse(path: str, error: Exception) -> NoReturn:
-    text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
     hint = None
     if "unknown field" in text:
         hint = "a newer hv wrote it: read it with that one"
-    raise DamagedSnapshotError(path, text, hint=hint) from error
+    raise DamagedSnapshotError(path, text, hint=hint) from None
 
 
 def _check(manifest: Manifest) -> None:

@@ -131,7 +131,7 @@ class Snapshot:
             machine = self.machine
             return MachineConfig(**machine | {"modules": tuple(machine.get("modules", ()))})
         except (ConfigError, TypeError, ValueError, AttributeError) as error:
-            raise SnapshotError(f"{self.path} has a machine that this hv does not know") from error
+            raise SnapshotError(f"{self.path} has a machine that this hv does not know: {error}") from None
 
     @property
     def parent(self) -> Snapshot | None:

@@ -309,6 +309,16 @@ def test_machines_that_this_hv_does_not_know(snapshot, machine):
         one.config  # noqa: B018 - it is made here
 
 
+def test_what_a_file_says_stays_one_line_and_reaches_no_terminal_as_it_is(snapshot):
+    rewrite(snapshot, lambda value: value | {"a\n\x1b[31m" + "b" * 1000: 1})
+    refused(snapshot, "a\\n\\x1b[31mb")
+    rewrite(snapshot, lambda value: value | {"hv": "\x1b[31m\n"})
+    rewrite(snapshot, lambda value: value | {"version": 2})
+    error = refused(snapshot, "newer", kind=SnapshotError)
+    assert "\x1b" not in error.hint
+    assert "\n" not in error.hint
+
+
 def test_any_member_may_be_any_value_and_never_ends_in_a_traceback(snapshot):
     """Each member in turn is what no writer would put there."""
     original = (snapshot / MANIFEST).read_bytes()
