@@ -254,9 +254,8 @@ def _is_zero(view: memoryview) -> bool:
 
 
 def _is_changed(changed: bytes, start: int, end: int) -> bool:
-    first, last = start // PAGE, -(-end // PAGE)
-    bits = int.from_bytes(changed[first // 8 : -(-last // 8)], "little")
-    return bool(bits >> first % 8 & (1 << last - first) - 1)
+    """Return whether a chunk has a page whose bit is set; a chunk's pages are whole bytes of the bitmap."""
+    return any(changed[start // PAGE // 8 : -(-end // PAGE // 8)])
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
