@@ -246,14 +246,14 @@ class FaultyImage:
             below = rewindable(self.below)
             below.checkpoint(limit=limit)
             self.below = below
-            self._saved = self._cache and self._cache.copy()
+            self._saved = None if self._cache is None else self._cache.copy()
 
     def rewind(self) -> None:
         """Go back to the checkpoint, with the power on; faults stay armed. Raises ValueError without a checkpoint."""
         with self._lock:
             rewindable(self.below).rewind()
             self._off = False
-            self._cache = self._saved and self._saved.copy()
+            self._cache = None if self._saved is None else self._saved.copy()
 
     def commit(self) -> None:
         """Give the checkpoint up and keep the content."""

@@ -7,7 +7,7 @@ import time
 from struct import pack
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memory_image import MemoryImage
 from virtio_driver import Driver, FakeRam
@@ -387,6 +387,8 @@ class Model:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(STEP, max_size=40))
+@example([("checkpoint",), ("write", 0, 1, 1), ("rewind",)])
+@example([("write", 0, 1, 1), ("checkpoint",), ("write", 0, 2, 1), ("rewind",), ("lose",)])
 def test_any_sequence(steps):
     image, model = FaultyImage(MemoryImage(bytes(SECTORS * SECTOR)), volatile=True), Model()
     durable = list(model.now)  # what the last flush, or cut, has left
