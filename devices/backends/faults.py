@@ -8,124 +8,27 @@ must ask again before the guest goes on.
 from __future__ import annotations
 
 import errno
-import os
-import random
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from devices.backends.rewind import DEFAULT_LIMIT, rewindable
-from devices.backends.write_cache import SECTOR, WriteCache
+from devices.backends.write_cache import FLUSH, READ, SECTOR, WRITE, WriteCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from devices.backends.fault import Armed, Hit
     from devices.backends.image import Image
 
-__all__ = ["KINDS", "Fault", "FaultyImage", "Hit", "faulty"]
+__all__ = ["FaultyImage", "faulty"]
 
-READ, WRITE, FLUSH = "read", "write", "flush"
-KINDS: Final = {
-    "read-error": (READ,),
-    "write-error": (WRITE,),
-    "flush-error": (FLUSH,),
-    "torn-write": (WRITE,),
-    "dropped-write": (WRITE,),
-    "lying-flush": (FLUSH,),
-    "slow": (READ, WRITE, FLUSH),
-}
-"""The faults, and which requests each may meet. Discards and zeroes count as writes."""
 MAX_HITS: Final = 4096
 """So many of the last ones are kept."""
 CACHE_BYTES: Final = 64 << 20
 """What a disk's own cache holds; what came first goes to the medium when there is more, as in any disk."""
 ZEROES: Final = 1 << 20
 """Bytes of zeroes that are kept as a write; more go to the medium at once."""
-
-
-class Hit(NamedTuple):
-    """A request that met a fault: of which kind, what it was, and its first sector and how many; a flush has none."""
-
-    kind: str
-    request: str
-    sector: int
-    sectors: int
-
-
-class Fault(NamedTuple):
-    """What is to go wrong.
-
-    Attributes:
-        kind: "read-error", "write-error", "flush-error": the request fails with `error`, and nothing is done;
-            "torn-write": only the first sectors of it reach the disk; "dropped-write": it succeeds, and nothing is
-            written; "lying-flush": it succeeds, and what it covers can still be lost in a power cut; "slow": the
-            request takes `seconds` longer, and may meet another fault then.
-        where: first sector and number of sectors that a read or write must touch; None: any.
-        count: how often it happens; None: until `clear`.
-        after: how many requests that it would meet it lets pass first.
-        chance: how likely it happens to a request that it meets, 0 to 1.
-        seconds: of "slow".
-        requests: which of "read", "write", "flush" a "slow" meets; None: all.
-        sectors: how many sectors of a "torn-write" reach the disk, never all of them; None: any number.
-        error: the errno of an error or a torn write; None: a torn write succeeds.
-        seed: of what is left to chance.
-    """
-
-    kind: str
-    where: tuple[int, int] | None = None
-    count: int | None = None  # type: ignore[assignment] # a tuple has a method of that name
-    after: int = 0
-    chance: float = 1.0
-    seconds: float = 0.0
-    requests: tuple[str, ...] | None = None
-    sectors: int | None = None
-    error: int | None = errno.EIO
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raise ValueError unless it makes sense."""
-        meets = KINDS.get(self.kind)
-        if meets is None:
-            raise ValueError(f"fault {self.kind!r} is none of {', '.join(KINDS)}")
-        if self.requests is not None and not (self.requests and set(self.requests) <= set(meets)):
-            raise ValueError(f"fault {self.kind!r} meets {', '.join(meets)}, not {self.requests}")
-        if self.error is None and self.kind != "torn-write":
-            raise ValueError(f"fault {self.kind!r} needs an errno")
-        if self.kind == "slow" and not 0 < self.seconds <= threading.TIMEOUT_MAX:
-            raise ValueError(f"a slow disk takes more than no time, not {self.seconds} seconds")
-
-
-class _Armed:
-    """A fault, and how often it has happened."""
-
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
-        self._requests = fault.requests or KINDS[fault.kind]
-        self._left = fault.count
-        self._after = fault.after
-        self._rng = random.Random(fault.seed)  # noqa: S311 - to be had again, not to be secret
-
-    def meets(self, request: str, sector: int, count: int) -> bool:
-        """Whether it happens to a request; counts it if so."""
-        if self._left == 0 or request not in self._requests:
-            return False
-        if self.fault.where is not None and request != FLUSH:
-            first, length = self.fault.where
-            if sector >= first + length or first >= sector + count:
-                return False
-        if self._after > 0:
-            self._after -= 1
-            return False
-        if self.fault.chance < 1 and self._rng.random() >= self.fault.chance:
-            return False
-        if self._left is not None:
-            self._left -= 1
-        return True
-
-    def kept_of(self, count: int) -> int:
-        """Return how many sectors of a torn write of `count` reach the disk: never all."""
-        sectors = self.fault.sectors
-        return self._rng.randrange(count) if sectors is None else min(sectors, count - 1)
 
 
 class FaultyImage:
@@ -144,7 +47,7 @@ class FaultyImage:
         self.block_size = below.block_size
         self.cluster_size = below.cluster_size
         self.hits: deque[Hit] = deque(maxlen=MAX_HITS)
-        self._faults: list[_Armed] = []
+        self._faults: list[Armed] = []
         self._cache: WriteCache | None = None
         self._saved: WriteCache | None = None  # the cache at the checkpoint
         self._off = False
@@ -171,19 +74,21 @@ class FaultyImage:
         A "lying-flush" begins `hold_writes`. A "slow" request holds up whoever waits for the disk to come to rest.
 
         Args:
-            kind: see `Fault`, as for all that follows.
+            kind: see `devices.backends.fault.Fault`, as for all that follows.
             how: its other attributes, by name.
 
         Raises:
             ValueError, TypeError: there is no such fault.
         """
+        from devices.backends.fault import Armed, Fault  # every disk's machine has this module, few have that one
+
         fault = Fault(kind, **how)
         fault.check()
         if kind == "lying-flush":
             self.hold_writes()
         with self._lock:
             self._cleared.clear()
-            self._faults.append(_Armed(fault))
+            self._faults.append(Armed(fault))
 
     def hold_writes(self) -> None:
         """Keep writes in the disk's own cache until a flush, from now on: a power cut can lose them."""
@@ -229,7 +134,9 @@ class FaultyImage:
             raise ValueError(f"keep {keep!r} is neither flushed nor random")
         if keep == "flushed" or self._cache is None:
             return []
-        return list(self._cache.survivors(random.Random(seed)))  # noqa: S311 - to be had again, not to be secret
+        from random import Random  # as in `fault`
+
+        return list(self._cache.survivors(Random(seed)))  # noqa: S311 - to be had again, not to be secret
 
     def clear(self) -> None:
         """Disarm every fault, turn the power on and hold no writes back; what was held goes to the image below."""
@@ -263,7 +170,7 @@ class FaultyImage:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _meet(self, request: str, offset: int = 0, size: int = 0) -> _Armed | None:
+    def _meet(self, request: str, offset: int = 0, size: int = 0) -> Armed | None:
         """Return the fault that a request meets and has to show; raises OSError if that is an error."""
         sector, count = offset // SECTOR, -(-size // SECTOR)
         seconds, met = 0.0, None
@@ -271,7 +178,7 @@ class FaultyImage:
             for armed in self._faults:
                 kind = armed.fault.kind
                 if (met is None or kind == "slow") and armed.meets(request, sector, count):
-                    self.hits.append(Hit(kind, request, sector, count))
+                    self.hits.append(armed.hit(request, sector, count))
                     if kind == "slow":
                         seconds += armed.fault.seconds
                     else:
@@ -281,7 +188,7 @@ class FaultyImage:
         if self._off:
             raise OSError(errno.EIO, "the disk has no power")
         if met is not None and met.fault.kind.endswith("-error"):
-            _fail(met)
+            met.fail()
         return met
 
     def readv(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -309,7 +216,7 @@ class FaultyImage:
             kept = met.kept_of(-(-size // SECTOR)) * SECTOR
             if kept:
                 self._put(offset, [memoryview(b"".join(buffers))[:kept]])
-            _fail(met)
+            met.fail()
 
     def _put(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Take a write."""
@@ -362,7 +269,7 @@ class FaultyImage:
             met = self._meet(WRITE, offset, size)
             if met is not None:
                 if met.fault.kind == "torn-write":  # none of it has reached the disk
-                    _fail(met)
+                    met.fail()
                 return
         with self._lock:
             self._drain()
@@ -377,13 +284,6 @@ class FaultyImage:
             if not self._off:
                 self._drain()
         self.below.close()
-
-
-def _fail(met: _Armed) -> None:
-    """Raise the error of a fault, if it has one."""
-    error = met.fault.error
-    if error is not None:
-        raise OSError(error, os.strerror(error))
 
 
 def faulty(image: Image) -> FaultyImage:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from devices.backends.image import Image
-from devices.backends.memory_overlay import MemoryOverlay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from devices.backends.memory_overlay import MemoryOverlay
 
 __all__ = ["DEFAULT_LIMIT", "CheckpointImage", "RewindableImage", "rewindable"]
 
@@ -69,6 +70,8 @@ class CheckpointImage:
         """
         self.commit()
         if not self.readonly:  # what cannot be written never has to go back
+            from devices.backends.memory_overlay import MemoryOverlay
+
             self.overlay = MemoryOverlay(self.below, limit=limit)
             self._top = self.overlay
 

@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from random import Random
 
-__all__ = ["SECTOR", "WriteCache"]
+__all__ = ["FLUSH", "READ", "SECTOR", "WRITE", "WriteCache"]
 
 SECTOR: Final = 512
+READ, WRITE, FLUSH = "read", "write", "flush"
+"""What a disk is asked for; a discard and zeroes are writes."""
 LOST: Final = 0.35
 TORN: Final = 0.3
 """Of the writes that a power cut meets, so many are lost wholly, and so many in part."""

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from memory_image import MemoryImage
 from virtio_driver import Driver, FakeRam
 
-from devices.backends.faults import KINDS, FaultyImage, Hit, faulty
+from devices.backends.fault import KINDS, Hit
+from devices.backends.faults import FaultyImage, faulty
 from devices.backends.image import open_image
 from devices.events import EventLog
 from devices.virtio.block import Block
