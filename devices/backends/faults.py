@@ -62,6 +62,11 @@ class FaultyImage:
         return not self._faults and self._cache is None and not self._off
 
     @property
+    def holds_writes(self) -> bool:
+        """Whether a power cut can lose something; see `hold_writes`."""
+        return self._cache is not None
+
+    @property
     def plain_fd(self) -> int | None:
         """The file below, while it is transparent."""
         return self.below.plain_fd if self.is_transparent else None

@@ -325,8 +325,15 @@ def test_a_cut_leaves_what_was_foretold(medium):
 
 
 def test_a_cut_needs_something_to_lose(image, volatile):
-    with pytest.raises(ValueError, match="hold_writes"):
-        image.power_cut()
+    assert volatile.holds_writes
+    for _ in range(2):
+        assert not image.holds_writes
+        with pytest.raises(ValueError, match="hold_writes"):
+            image.power_cut()
+        with pytest.raises(ValueError, match="hold_writes"):
+            image.after_cut()
+        assert seen(image)[0] == 0  # the power is still on
+        image.fault("write-error")
     with pytest.raises(ValueError, match="neither"):
         volatile.power_cut(keep="all")
 
