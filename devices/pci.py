@@ -11,7 +11,6 @@ from enum import IntEnum, IntFlag
 from struct import pack
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from devices.checked import octets
 from devices.ports import OPEN_BUS, register_of
 from devices.saved import Saved
 
@@ -238,7 +237,9 @@ class PciFunction:
         Raises:
             KeyError, TypeError, ValueError: it is no state of such a function.
         """
-        space = octets(state, "config_space", _SPACE, least=_SPACE)
+        saved = Saved(state)
+        space = saved.octets("config_space", _SPACE, least=_SPACE)
+        saved.end()
         theirs, ours, writable = (int.from_bytes(one, "little") for one in (space, self._space, self._writable))
         if wrong := (theirs ^ ours) & ~writable:
             raise ValueError(f"another function's configuration space, from {(wrong & -wrong).bit_length() // 8:#x} on")

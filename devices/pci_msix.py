@@ -7,11 +7,11 @@ the enable bit, and the pin's bit in the command register follows where the sign
 from __future__ import annotations
 
 from enum import IntFlag
-from struct import pack
+from struct import pack, unpack
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import flag, flags, integers
 from devices.ports import OPEN_BUS
+from devices.saved import Saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -40,6 +40,7 @@ _FUNCTION_MASK: Final = int(Control.FUNCTION_MASK)
 _ENTRY: Final = 16
 """Bytes of a table entry: address, upper address, data, vector control (6.8.2.6 to 6.8.2.9)."""
 _ENTRY_BITS: Final = (0xFFFF_FFFC, 0xFFFF_FFFF, 0xFFFF_FFFF, 1)
+_WRITABLE: Final = pack("<4I", *_ENTRY_BITS)
 _MASKED: Final = 1
 
 _HOLD: Final = (-1, 0)
@@ -144,7 +145,7 @@ class Msix:
         It is part of the function's configuration space.
         """
         return {
-            "table": list(self._table),
+            "table": pack(f"<{len(self._table)}I", *self._table),
             "vectors": list(self._vectors),
             "is_live": self._is_live,
             "pending": [signal.is_pending for signal in self._signals],
@@ -152,14 +153,17 @@ class Msix:
 
     def parse(self, state: Mapping[str, Any]) -> tuple[list[int], list[int], bool, list[bool]]:
         """Return a state's parts for `put`; raises KeyError, TypeError or ValueError when it is none."""
-        table = integers(state, "table", 4 * self.vectors, 0xFFFF_FFFF)
-        vectors = integers(state, "vectors", len(self._signals), NO_VECTOR)
-        for index, word in enumerate(table):
-            if word & ~_ENTRY_BITS[index % 4]:
-                raise ValueError(f"dword {index} of the vector table is {word:#x}")
+        size, count = _ENTRY * self.vectors, len(self._signals)
+        saved = Saved(state)
+        table = saved.octets("table", size, least=size)
+        vectors = saved.numbers("vectors", count, NO_VECTOR, least=count)
+        is_live, pending = saved.flag("is_live"), saved.flags("pending", count)
+        saved.end()
+        if int.from_bytes(table, "little") & ~int.from_bytes(_WRITABLE * self.vectors, "little"):
+            raise ValueError("the vector table has bits set that cannot be")
         if any(vector != NO_VECTOR and vector >= self.vectors for vector in vectors):
             raise ValueError(f"vectors {vectors} of {self.vectors}")
-        return table, vectors, flag(state, "is_live"), flags(state, "pending", len(self._signals))
+        return list(unpack(f"<{4 * self.vectors}I", table)), vectors, is_live, pending
 
     def put(self, parts: tuple[list[int], list[int], bool, list[bool]]) -> None:
         """Become what `parse` found, with the switches that are in the configuration space by now.

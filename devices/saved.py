@@ -46,11 +46,27 @@ class Saved:
             raise ValueError(f"{name} has {len(value)} bytes, not {least} to {most}")
         return bytes(value)
 
-    def numbers(self, name: str, length: int, most: int) -> list[int]:
-        """Take a list of at most `length` integers from 0 to `most`."""
+    def items(self, name: str, length: int, *, least: int = 0) -> list[Any]:
+        """Take a list of `least` to `length` entries of any kind."""
         values = self._take(name, list)
-        if len(values) > length:
-            raise ValueError(f"{name} has {len(values)} entries, not 0 to {length}")
+        if not least <= len(values) <= length:
+            raise ValueError(f"{name} has {len(values)} entries, not {least} to {length}")
+        return list(values)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Take the state of something that is part of the device."""
+        return dict(self._take(name, dict))
+
+    def flags(self, name: str, length: int) -> list[bool]:
+        """Take a list of exactly `length` truth values."""
+        values = self.items(name, length, least=length)
+        if any(type(value) is not bool for value in values):
+            raise TypeError(f"{name} has entries that are no truth values")
+        return values
+
+    def numbers(self, name: str, length: int, most: int, *, least: int = 0) -> list[int]:
+        """Take a list of `least` to `length` integers from 0 to `most`."""
+        values = self.items(name, length, least=least)
         entries = Saved({f"{name}[{index}]": value for index, value in enumerate(values)})
         return [entries.number(f"{name}[{index}]", most) for index in range(len(values))]
 

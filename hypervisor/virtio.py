@@ -12,8 +12,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from devices.backends.errors import BackendError
-from devices.checked import part
 from devices.events import EventLog
+from devices.saved import Saved
 from devices.virtio.queue import FIRED
 from hypervisor import layout
 from hypervisor.errors import ConfigError
@@ -432,10 +432,10 @@ class VirtioBoard:
         """
         if state.keys() != self._shown.keys():
             raise ValueError(f"a state of {', '.join(state)} for {', '.join(self._shown)}")
-        interrupts = self._interrupts
+        interrupts, saved = self._interrupts, Saved(state)
         with nullcontext() if interrupts is None else interrupts.collected():
             for name, shown in self._shown.items():
-                shown.load(part(state, name))
+                shown.load(saved.part(name))
         if self.pci is not None:
             self.pci.update()
 

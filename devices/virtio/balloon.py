@@ -10,8 +10,8 @@ from enum import IntEnum, IntFlag
 from struct import Struct, pack
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import integer, part
 from devices.ports import GuestFault
+from devices.saved import Saved
 from devices.virtio.device import VirtioDevice
 from devices.virtio.queue import MAX_SIZE, BrokenQueueError, Chain
 
@@ -155,15 +155,15 @@ class Balloon(VirtioDevice):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of a balloon."""
-        target, actual = (integer(state, name, 0xFFFF_FFFF) for name in ("num_pages", "actual"))
-        statistics = part(state, "statistics")
+        saved = Saved(state)
+        target, actual = (saved.number(name, 0xFFFF_FFFF) for name in ("num_pages", "actual"))
+        told = saved.part("statistics")
+        statistics = {name: Saved(told).number(name, (1 << 64) - 1) for name in told}
         names = {tag.name.lower() for tag in Statistic}
         if not statistics.keys() <= names:
             raise ValueError(f"statistics of {sorted(statistics.keys() - names)}")
-        for name in statistics:
-            integer(statistics, name, (1 << 64) - 1)
-        held = None if state["held"] is None else Chain(integer(state, "held", MAX_SIZE - 1))
-        super().load(state)
+        held = Chain(saved.number("held", MAX_SIZE - 1)) if saved.optional("held") else None
+        self.load_rest(saved)
         self._target, self._actual, self.statistics, self._held = target, actual, statistics, held
 
     def handle_queue(self, queue: Queue, most: int | None) -> None:

@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from devices.checked import flags, integer, integers, items
+from devices.saved import Saved
 from devices.virtio.device import VirtioDevice
 from devices.virtio.queue import MAX_CHAIN_BYTES, BrokenQueueError
 
@@ -205,18 +205,19 @@ class Console(VirtioDevice):
         Whether anybody is at the host's ends is as it is, and the guest is told when it is served.
         """
         count = len(self.ports)
-        columns, rows = integer(state, "cols", 0xFFFF), integer(state, "rows", 0xFFFF)
-        messages = items(state, "messages", MOST_MESSAGES)
-        guest_open = flags(state, "guest_open", count)
-        told = items(state, "host_open", count, least=count)
-        sent = integers(state, "sent", count, MAX_CHAIN_BYTES)
-        held = items(state, "held", count, least=count)
+        saved = Saved(state)
+        columns, rows = saved.number("cols", 0xFFFF), saved.number("rows", 0xFFFF)
+        messages = saved.items("messages", MOST_MESSAGES)
+        guest_open = saved.flags("guest_open", count)
+        told = saved.items("host_open", count, least=count)
+        sent = saved.numbers("sent", count, MAX_CHAIN_BYTES, least=count)
+        held = saved.items("held", count, least=count)
         if any(type(one) is not int or not -1 <= one <= 1 for one in told):
             raise ValueError(f"host_open is {told}")
         for data, most in (*((one, _LONGEST_MESSAGE) for one in messages), *((one, _MOST_HELD) for one in held)):
             if type(data) is not bytes or len(data) > most:
                 raise ValueError("a message, or what is held of a port")
-        super().load(state)
+        self.load_rest(saved)
         self._columns, self._rows, self._messages = columns, rows, messages
         self._guest_open, self._sent = guest_open, sent
         self._told = [None if one < 0 else bool(one) for one in told]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Protocol
 
-from devices.checked import flag, integer, items
+from devices.saved import Saved
 from devices.virtio.queue import EVENT_IDX, IN_ORDER, INDIRECT_DESC, BrokenQueueError, Queue
 
 if TYPE_CHECKING:
@@ -145,9 +145,14 @@ class VirtioDevice:
         Raises:
             KeyError, TypeError, ValueError: it is no state of such a device.
         """
-        features = integer(state, "features", _MASK64)
-        is_active, is_broken = flag(state, "is_active"), flag(state, "is_broken")
-        queues = items(state, "queues", len(self.queues), least=len(self.queues))
+        self.load_rest(Saved(state))
+
+    def load_rest(self, saved: Saved) -> None:
+        """Load what all devices have, and refuse what is left of a state: a model takes its own before."""
+        features = saved.number("features", _MASK64)
+        is_active, is_broken = saved.flag("is_active"), saved.flag("is_broken")
+        queues = saved.items("queues", len(self.queues), least=len(self.queues))
+        saved.end()
         if features & ~self.offered or (is_active and is_broken):
             raise ValueError(f"{self.name} with features {features:#x}, active and broken: {is_active} {is_broken}")
         self.is_active = False  # for good, when a queue is refused

@@ -7,8 +7,8 @@ from enum import IntFlag
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import octets
 from devices.ports import TapShortCut
+from devices.saved import Saved
 from devices.virtio.device import VirtioDevice
 from devices.virtio.queue import BrokenQueueError, Chain
 
@@ -137,10 +137,10 @@ class Net(VirtioDevice):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of an interface."""
-        mac = octets(state, "mac", 6, least=6)
-        frame = octets(state, "frame", len(self._scratch))
+        saved = Saved(state)
+        mac, frame = saved.octets("mac", 6, least=6), saved.octets("frame", len(self._scratch))
         before = self.features if self.is_active else None
-        super().load(state)
+        self.load_rest(saved)
         self.mac = mac
         self._waiting = len(frame)
         self._scratch[: self._waiting] = frame

@@ -10,10 +10,10 @@ from enum import IntEnum
 from struct import pack
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import part
 from devices.pci import PciFunction
 from devices.pci_msix import NO_VECTOR, Msix
 from devices.ports import OPEN_BUS, register_of
+from devices.saved import Saved
 from devices.virtio.transport import DRIVER_OK, VirtioTransport
 
 if TYPE_CHECKING:
@@ -214,9 +214,11 @@ class VirtioPci(PciFunction):
         Raises:
             KeyError, TypeError, ValueError: it is no state of such a function.
         """
-        msix = self._msix.parse(part(state, "msix"))
-        super().load({"config_space": state["config_space"]})
-        self.transport.load(part(state, "transport"))
+        saved = Saved(state)
+        msix = self._msix.parse(saved.part("msix"))
+        transport = saved.part("transport")
+        super().load({name: value for name, value in state.items() if name not in {"msix", "transport"}})
+        self.transport.load(transport)
         self._msix.put(msix)
         self._pin_was_in_use = self._pin_is_in_use
 

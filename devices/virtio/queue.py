@@ -14,8 +14,8 @@ import threading
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import flag, integer
 from devices.ports import GuestFault
+from devices.saved import Saved
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -213,11 +213,13 @@ class Queue:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Become what `state` says; the rings are in RAM already. Raises ValueError where no ring can be."""
-        size = integer(state, "size", _WORD)  # a driver may write any number before it enables the queue
-        addresses = [integer(state, area, _MASK64) for area in ("descriptors", "available", "used")]
-        features = integer(state, "features", _MASK64)
-        is_enabled = flag(state, "is_enabled")
-        cursors = [integer(state, name, 0xFFFF) for name in ("next_available", "next_used", "signalled")]
+        saved = Saved(state)
+        size = saved.number("size", _WORD)  # a driver may write any number before it enables the queue
+        addresses = [saved.number(area, _MASK64) for area in ("descriptors", "available", "used")]
+        features = saved.number("features", _MASK64)
+        is_enabled = saved.flag("is_enabled")
+        cursors = [saved.number(name, 0xFFFF) for name in ("next_available", "next_used", "signalled")]
+        saved.end()
         self.reset()
         self.size = size
         self.descriptors, self.available, self.used = addresses

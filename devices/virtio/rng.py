@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import integer
+from devices.saved import Saved
 from devices.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ class Rng(VirtioDevice):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Become what `state` says; raises KeyError, TypeError or ValueError when it is no state of a source."""
-        wait = integer(state, "wait_ns", NS_PER_S)  # no request is longer than a second's allowance
-        super().load(state)
+        saved = Saved(state)
+        wait = saved.number("wait_ns", NS_PER_S)  # no request is longer than a second's allowance
+        self.load_rest(saved)
         self._free_at = self._now_ns() + wait
         if self._alarm is not None:
             self._alarm.set(self._free_at if wait else None)

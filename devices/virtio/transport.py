@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any, Final
 
-from devices.checked import flag, integer, part
+from devices.saved import Saved
 from devices.virtio.device import VERSION_1
 from devices.virtio.queue import BrokenQueueError
 
@@ -112,18 +112,18 @@ class VirtioTransport:
         Raises:
             KeyError, TypeError, ValueError: it is no state of such a device.
         """
-        status = integer(state, "device_status", 0xFF)
-        failed = flag(state, "needs_reset")
-        chosen = integer(state, "driver_feature", (1 << 64) - 1)
-        device_select = integer(state, "device_feature_select", _WORD)
-        driver_select = integer(state, "driver_feature_select", _WORD)
-        queue_select = integer(state, "queue_select", _WORD)
-        generation = integer(state, "config_generation", 0xFF)
-        is_new = flag(state, "config_is_new")
-        isr = integer(state, "isr_status", ISR_QUEUE | ISR_CONFIG)
-        device = part(state, "device")
-        if status & ~_DRIVER_BITS:
-            raise ValueError(f"device_status is {status:#x}")
+        saved = Saved(state)
+        status = saved.bits("device_status", _DRIVER_BITS)
+        failed = saved.flag("needs_reset")
+        chosen = saved.number("driver_feature", (1 << 64) - 1)
+        device_select = saved.number("device_feature_select", _WORD)
+        driver_select = saved.number("driver_feature_select", _WORD)
+        queue_select = saved.number("queue_select", _WORD)
+        generation = saved.number("config_generation", 0xFF)
+        is_new = saved.flag("config_is_new")
+        isr = saved.number("isr_status", ISR_QUEUE | ISR_CONFIG)
+        device = saved.part("device")
+        saved.end()
         if device["is_active"] and (failed or not status & DRIVER_OK or device["features"] != chosen):
             raise ValueError(f"{self.name} works with status {status:#x}")
         self.device.load(device)

@@ -11,7 +11,7 @@ from enum import IntEnum
 from struct import Struct
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
-from devices.checked import flag, integer, integers, items
+from devices.saved import Saved
 from devices.virtio.device import VirtioDevice
 from devices.virtio.queue import BrokenQueueError
 
@@ -230,17 +230,18 @@ class Vsock(VirtioDevice):
         Every connection is closed, here and, as soon as the device is served, in the guest: it gets an RST for each,
         and the event that its connections are gone.
         """
-        cid = integer(state, "guest_cid", _MASK64)
-        rows = items(state, "connections", 2 * MAX_CONNECTIONS)
-        lost = [integers({"connection": row}, "connection", 3, _MASK64) for row in rows]
+        saved = Saved(state)
+        cid = saved.number("guest_cid", _MASK64)
+        rows = saved.items("connections", 2 * MAX_CONNECTIONS)
+        lost = [Saved({"connection": row}).numbers("connection", 3, _MASK64, least=3) for row in rows]
         if any(port > _WORD for row in lost for port in row[1:]):
             raise ValueError(f"connections {lost}")
-        replies = items(state, "replies", MAX_REPLIES + 3 * MAX_CONNECTIONS)
+        replies = saved.items("replies", MAX_REPLIES + 3 * MAX_CONNECTIONS)
         if any(type(reply) is not bytes or len(reply) != HEADER_SIZE for reply in replies):
             raise ValueError("a reply that is no header")
-        next_port = integer(state, "next_port", _WORD)
-        is_due = flag(state, "reset_is_due")
-        super().load(state)
+        next_port = saved.number("next_port", _WORD)
+        is_due = saved.flag("reset_is_due")
+        self.load_rest(saved)
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._ready.clear()
@@ -251,7 +252,6 @@ class Vsock(VirtioDevice):
         """Have another address, as a copy of a machine needs: the driver is told to ask for it (5.10.6.7)."""
         if cid == self.cid:
             return
-        self._admit_losses()
         self.cid = cid
         if self.is_active:
             self._reset_is_due = True

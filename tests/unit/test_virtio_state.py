@@ -218,6 +218,18 @@ def test_no_transport_can_be_like_that(change):
     assert not other.device.is_active
 
 
+@pytest.mark.parametrize("kind", WORLDS)
+@pytest.mark.parametrize("path", [(), ("device",), ("device", "queues", 0)])
+def test_what_nobody_knows_is_refused(kind, path):
+    frozen = active(kind)
+    holder = frozen["state"]
+    for key in path:
+        holder = holder[key]
+    holder["surprise"] = None
+    with pytest.raises(ValueError, match="surprise"):
+        WORLDS[kind](1).driver.transport.load(frozen["state"])
+
+
 def test_features_that_are_not_offered_are_refused():
     frozen = active("Disk")
     bad = frozen["state"]["device"]["features"] | 1 << 50
