@@ -165,6 +165,13 @@ class GuestRam(Protocol):
     def view(self, gpa: int, size: int) -> memoryview:
         """Return `size` bytes as they are, writable and without a copy; raises GuestFault when any is not RAM."""
 
+    @property
+    def is_tracked(self) -> bool:
+        """Whether somebody wants to know what is written."""
+
+    def written(self, gpa: int, size: int) -> None:
+        """Say, while it is tracked, that `size` bytes at `gpa` were written through a view, after they were."""
+
 
 class Signal(Protocol):
     """An interrupt that is a message, not a level: sent, and forgotten (MSI-X, or an edge)."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from devices.ports import GuestFault
 from hypervisor.errors import HostError
+from hypervisor.kvm.dirty import Marks
 from hypervisor.kvm.handles import host_address, map_zeroes
 from hypervisor.layout import RAM_HIGH_BASE, RAM_LOW_END
 
@@ -36,6 +37,7 @@ class GuestMemory:
     Attributes:
         size: of the RAM in bytes.
         offset: where in `buffer` it begins.
+        marks: which pages this process has written, once somebody wants to know; `is_tracked` says whether.
 
     Host pages are allotted as the guest touches them, as transparent huge pages where the host has them. Of a saved
     machine a page is read when it is first touched, and copied when it is first written to; until then all machines
@@ -63,6 +65,7 @@ class GuestMemory:
         if content is None:
             self._use_huge_pages()
         self._view = memoryview(self._map)[self.offset : self.offset + ram_bytes]
+        self.marks = Marks(host_address(self._map) + self.offset, ram_bytes)
         self._low = min(ram_bytes, RAM_LOW_END)
         self._high_end = RAM_HIGH_BASE + ram_bytes - self._low
 
@@ -113,6 +116,17 @@ class GuestMemory:
         size = len(data)
         offset = self._offset(gpa, size)
         self._view[offset : offset + size] = data
+        if self.marks.is_on:
+            self.marks.mark(offset, size)
+
+    @property
+    def is_tracked(self) -> bool:
+        """Whether it is being noted what is written: then whoever wrote through a view says so to `written`."""
+        return self.marks.is_on
+
+    def written(self, gpa: int, size: int) -> None:
+        """Say that `size` bytes at `gpa`, all of them RAM, have been written, or will be before the guest can know."""
+        self.marks.mark(self._offset(gpa, size), size)
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return `size` bytes at `gpa` as they are, writable and without a copy; raises GuestFault as `read` does.
@@ -141,6 +155,8 @@ class GuestMemory:
             map_zeroes(host_address(self._map) + offset, size)
         else:
             self._map.madvise(mmap.MADV_DONTNEED, self.offset + offset, size)
+        if self.marks.is_on:
+            self.marks.mark(offset, size)
 
     def close(self) -> None:
         """Unmap, once the VM is closed; with views outstanding the last of them does it."""

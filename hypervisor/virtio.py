@@ -198,8 +198,9 @@ class VirtioBoard:
 
         queues = [device.queues[index] for index in group]
         if isinstance(short, DiskShortCut):
-            return DiskPath(self._ranges, queues[0], short, kick_fds[0])
-        return TapPath(self._ranges, queues[0], queues[1], short, kick_fds[0], kick_fds[1])
+            return DiskPath(self._ranges, queues[0], short, kick_fds[0], marks=self._memory.marks)
+        marks = self._memory.marks
+        return TapPath(self._ranges, queues[0], queues[1], short, kick_fds[0], kick_fds[1], marks=marks)
 
     def _add_disk(self, name: str, disk: DiskConfig) -> None:
         from devices.backends.faults import faulty

@@ -18,10 +18,17 @@ HIGH = 1 << 16
 
 
 class FakeRam:
-    """RAM from 0 to 1 MiB and from 4 GiB on; nothing in between."""
+    """RAM from 0 to 1 MiB and from 4 GiB on; nothing in between.
+
+    Somebody follows its changes and is as quick as can be: what a device says that it has written is copied at once,
+    and not again. So `check` finds what was written later, or without a word.
+    """
+
+    is_tracked = True
 
     def __init__(self):
         self.low, self.high = bytearray(LOW), bytearray(HIGH)
+        self.low_copy, self.high_copy = bytearray(LOW), bytearray(HIGH)
 
     def view(self, gpa, size):
         if size >= 0 and gpa >= 0 and gpa + size <= LOW:
@@ -35,6 +42,15 @@ class FakeRam:
 
     def write(self, gpa, data):
         self.view(gpa, len(data))[:] = data
+        self.written(gpa, len(data))
+
+    def written(self, gpa, size):
+        copy, offset = (self.low_copy, gpa) if gpa < LOW else (self.high_copy, gpa - HIGH_BASE)
+        copy[offset : offset + size] = self.view(gpa, size)
+
+    def check(self):
+        assert self.low_copy == self.low, "a device has written to memory without a word"
+        assert self.high_copy == self.high, "a device has written to memory without a word"
 
 
 class FakeSignal:
@@ -86,6 +102,8 @@ class InlineRunner:
                 self.served += 1
                 self.device.serve(self.waiting.pop(0))
             assert most or not self.waiting, "the device wants to be served for ever"
+            for queue in self.device.queues:
+                queue._ram.check()
         finally:
             self.busy = False
 
@@ -171,7 +189,9 @@ class DriverQueue:
 
 
 class Driver:
-    """A driver that has found a device behind a VirtioTransport."""
+    """A driver that has found a device behind a VirtioTransport; its rings lie from `base` on."""
+
+    base = PAGE
 
     def __init__(self, device, ram, *, features=None, size=None, start=True):
         self.device, self.ram = device, ram
@@ -199,7 +219,7 @@ class Driver:
         transport.write_status(ACKNOWLEDGE | DRIVER | FEATURES_OK)
         assert transport.status & FEATURES_OK
         self.queues = []
-        base = 0x1000
+        base = self.base
         for index, queue in enumerate(self.device.queues):
             size = self.size or min(queue.max_size, 16)
             ours = DriverQueue(self.ram, queue, base, size, self.wanted)

@@ -238,14 +238,14 @@ class Net(VirtioDevice):
         self._waiting = 0
         if room < size:  # as many chains as there may be do not hold it
             self.dropped += 1
-            queue.push_many([(chain.head, 0) for chain in chains])
+            queue.push_many([(chain, 0) for chain in chains])
             return None
         self._scratch[NUM_BUFFERS:HEADER_SIZE] = len(chains).to_bytes(2, "little")
         done = []
         offset = 0
         for chain in chains:
             written = chain.scatter(self._scratch[offset : min(size, offset + chain.writable_size)])
-            done.append((chain.head, written))
+            done.append((chain, written))
             offset += written
         queue.push_many(done)
         self.received += 1

@@ -280,6 +280,8 @@ class Queue:
             if not flags & _NEXT:
                 if total > MAX_CHAIN_BYTES:
                     raise BrokenQueueError(f"the chain from {head} is {total} bytes long (2.7.5.2)")
+                if self._ram.is_tracked:  # a model that finds fault with it half-way does not give it back
+                    self._mark(chain)
                 return chain
             index = following
 
@@ -311,17 +313,28 @@ class Queue:
 
     def push(self, chain: Chain, written: int) -> None:
         """Hand a chain back (2.7.8.2); `written` is how many bytes of its writable part were filled from the start."""
-        self.push_many([(chain.head, written)])
+        self.push_many([(chain, written)])
 
-    def push_many(self, done: list[tuple[int, int]]) -> None:
-        """Hand chains back, (head, bytes written) each, so that the driver sees all of them at once."""
+    def push_many(self, done: list[tuple[Chain, int]]) -> None:
+        """Hand chains back, with the bytes written to each, so that the driver sees all of them at once."""
         cursor = self.cursor
         position = cursor[NEXT_USED]
-        for head, written in done:
-            _USED.pack_into(self._used, 4 + 8 * (position & self._mask), head, written)
+        for chain, written in done:
+            _USED.pack_into(self._used, 4 + 8 * (position & self._mask), chain.head, written)
             position = (position + 1) & 0xFFFF
+        if self._ram.is_tracked:
+            for chain, _ in done:
+                self._mark(chain)
+            self._ram.written(self.used, 6 + 8 * self.size)
         cursor[NEXT_USED] = position
         self._used_flags[1] = position
+        if self._ram.is_tracked:
+            self._ram.written(self.used, 4)
+
+    def _mark(self, chain: Chain) -> None:
+        """Say that all of a chain's writable part has been written."""
+        for gpa, piece in zip(chain.places[len(chain.readable) :], chain.writable, strict=True):
+            self._ram.written(gpa, len(piece))
 
     def notify_driver(self) -> None:
         """Interrupt the driver if it wants to know of what was pushed since the last call (2.7.7)."""
@@ -347,6 +360,8 @@ class Queue:
         """Tell the driver that it need not kick: the device looks by itself (2.7.10)."""
         if not self.features & EVENT_IDX:
             self._used_flags[0] = _NO_NOTIFY
+            if self._ram.is_tracked:
+                self._ram.written(self.used, 4)
 
     def expect_kicks(self, beyond: int = 0) -> bool:
         """Ask the driver to kick for the next chain; return whether one has come in the meantime.
@@ -359,6 +374,8 @@ class Queue:
             self._avail_event[0] = awaited
         else:
             self._used_flags[0] = 0
+        if self._ram.is_tracked:
+            self._ram.written(self.used, 6 + 8 * self.size)
         with self._fence:  # what the driver reads is stored before its idx is loaded
             pass
         return self._available[1] != awaited

@@ -10,17 +10,18 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = Path("hypervisor", "kvm")
-PARTS = ("recorder", "kvm", "dataplane")
-SOURCES = ("runloop", "recorder", "tracefile", "vring", "uring", "diskpath", "tappath")
+PARTS = ("recorder", "kvm", "dirty", "dataplane")
+HEADERS = ("runloop", "tracefile", "dataplane")
+SOURCES = ("runloop", "recorder", "tracefile", "vring", "uring", "diskpath", "tappath", "dirty")
 
 ffibuilder = FFI()
 for part in PARTS:
     ffibuilder.cdef((HERE / f"{part}.cdef").read_text())
 ffibuilder.set_source(
     "hypervisor.kvm._kvm",
-    '#include <sys/mman.h>\n#include "runloop.h"\n#include "tracefile.h"\n#include "dataplane.h"\n',
+    "#include <sys/mman.h>\n" + "".join(f'#include "{name}.h"\n' for name in HEADERS),
     sources=[str(PACKAGE / f"{name}.c") for name in SOURCES],
-    depends=[str(PACKAGE / f"{name}.h") for name in ("runloop", "recorder", "tracefile", "dataplane", "uring")]
+    depends=[str(PACKAGE / f"{name}.h") for name in (*HEADERS, "recorder", "uring", "dirty")]
     + [str(PACKAGE / f"{name}.cdef") for name in PARTS],
     include_dirs=[str(HERE)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-std=gnu11"],

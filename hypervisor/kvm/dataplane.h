@@ -4,6 +4,8 @@
 #ifndef HV_DATAPLANE_H
 #define HV_DATAPLANE_H
 
+#include "dirty.h"
+
 #include <stdatomic.h>
 #include <stdint.h>
 #include <sys/uio.h>
@@ -26,6 +28,7 @@ struct hv_queue {
     int32_t call_fd, kick_fd; /* eventfds: to interrupt the driver (-1: none), and by which it kicks */
     uint32_t size, most, index;
     uint32_t event_idx, indirect;
+    struct hv_marks *marks; /* NULL: nobody wants to know what is written */
 };
 
 /* One of each a thread; the counters may be read by others. */
@@ -42,6 +45,7 @@ struct hv_path {
     int32_t head;         /* when a disk's loop returns a queue's number: HV_NEXT or a head */
     uint32_t waits;       /* the disk's file cannot tell whether a read would wait */
     struct hv_disk *disk; /* what is on its way */
+    struct hv_marks *marks; /* as the queues' */
 };
 
 struct hv_chain {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from devices.ports import DiskShortCut, TapShortCut
     from devices.virtio.queue import Queue
+    from hypervisor.kvm.dirty import Marks
 
 __all__ = ["STOPPED", "DiskPath", "TapPath"]
 
@@ -28,10 +29,18 @@ class _Path:
             Releases the GIL, and is for one thread at a time. Nothing is on its way to the host when it returns.
     """
 
-    def __init__(self, ram: Sequence[tuple[int, int, int]], queues: Sequence[tuple[Queue, int]], fd: int) -> None:
+    def __init__(
+        self,
+        ram: Sequence[tuple[int, int, int]],
+        queues: Sequence[tuple[Queue, int]],
+        fd: int,
+        marks: Marks | None,
+    ) -> None:
         """Work on enabled queues, each with its kick eventfd, in RAM ranges of (gpa, size, address in this process)."""
         self._c = ffi.new("struct hv_path *")
-        self._keep: list[object] = []
+        self._keep: list[object] = [marks]
+        self._marks = ffi.NULL if marks is None else marks.cdata
+        self._c.marks = self._marks
         for row, (gpa, size, host) in zip(self._c.ram, ram, strict=False):
             row.gpa, row.size, row.host = gpa, size, host
         self._c.ranges = len(ram)
@@ -50,6 +59,7 @@ class _Path:
             ("used", self._host(queue.used, 6 + 8 * queue.size)),
             ("cursor", cursor),
             ("isr", ffi.cast("uint8_t *", isr)),
+            ("marks", self._marks),
             ("call_fd", queue.signal.fileno()),
             ("kick_fd", kick_fd),
             ("size", queue.size),
@@ -105,9 +115,17 @@ class _Path:
 class DiskPath(_Path):
     """Reads and writes of a disk that is a plain file."""
 
-    def __init__(self, ram: Sequence[tuple[int, int, int]], queue: Queue, short: DiskShortCut, kick_fd: int) -> None:
-        """Serve one request queue."""
-        super().__init__(ram, [(queue, kick_fd)], short.fd)
+    def __init__(
+        self,
+        ram: Sequence[tuple[int, int, int]],
+        queue: Queue,
+        short: DiskShortCut,
+        kick_fd: int,
+        *,
+        marks: Marks | None = None,
+    ) -> None:
+        """Serve one request queue; what is written to guest memory is noted in `marks`."""
+        super().__init__(ram, [(queue, kick_fd)], short.fd, marks)
         self._c.sectors = short.sectors
         self._c.readonly = short.readonly
         self.run = partial(lib.hv_disk_run, self._c)
@@ -141,9 +159,11 @@ class TapPath(_Path):
         short: TapShortCut,
         rx_kick_fd: int,
         tx_kick_fd: int,
+        *,
+        marks: Marks | None = None,
     ) -> None:
-        """Serve the receive and the transmit queue."""
-        super().__init__(ram, [(rx, rx_kick_fd), (tx, tx_kick_fd)], short.fd)
+        """Serve the receive and the transmit queue; what is written to guest memory is noted in `marks`."""
+        super().__init__(ram, [(rx, rx_kick_fd), (tx, tx_kick_fd)], short.fd, marks)
         self._c.header_size = short.header_size
         self._c.mergeable = short.mergeable
         self.run = partial(lib.hv_tap_run, self._c)

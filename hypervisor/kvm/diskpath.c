@@ -53,11 +53,20 @@ static void skip(struct iovec **pieces, uint32_t *count, size_t done)
     }
 }
 
-/* Move all bytes of `pieces`, which are used up on the way. Returns 0, or -1 at an error or the file's end. */
-static int move(int fd, int write, struct iovec *pieces, uint32_t count, uint64_t offset)
+/* A read into guest memory has been tried. All of it counts as written: one that fails may have begun. */
+static void mark_read(const struct hv_path *path, const struct iovec *pieces, uint32_t count)
 {
+    hv_mark_pieces(path->marks, pieces, count, UINT64_MAX);
+}
+
+/* Move all bytes of `pieces`, which are used up on the way. Returns 0, or -1 at an error or the file's end. */
+static int move(const struct hv_path *path, int write, struct iovec *pieces, uint32_t count, uint64_t offset)
+{
+    int fd = path->fd;
     while (count) {
         ssize_t done = write ? pwritev(fd, pieces, (int)count, (off_t)offset) : preadv(fd, pieces, (int)count, (off_t)offset);
+        if (!write)
+            mark_read(path, pieces, count);
         if (done < 0 && errno == EINTR)
             continue;
         if (done <= 0)
@@ -115,8 +124,9 @@ static int start_read(struct hv_path *path, struct hv_chain *chain, uint64_t off
     struct iovec *pieces = chain->piece + 1;
     uint32_t count = chain->writable - 1;
     if (path->waits)
-        return move(path->fd, 0, pieces, count, offset) ? FOR_THE_MODEL : 0;
+        return move(path, 0, pieces, count, offset) ? FOR_THE_MODEL : 0;
     ssize_t done = preadv2(path->fd, pieces, (int)count, (off_t)offset, RWF_NOWAIT);
+    mark_read(path, pieces, count);
     if (done < 0 && errno == EOPNOTSUPP)
         path->waits = 1;
     else if (!done || (done < 0 && errno != EAGAIN && errno != EINTR))
@@ -129,12 +139,13 @@ static int start_read(struct hv_path *path, struct hv_chain *chain, uint64_t off
     }
     if (!path->waits && !send(path, chain, 0, pieces, count, offset, size, 0))
         return ON_ITS_WAY;
-    return move(path->fd, 0, pieces, count, offset) ? FOR_THE_MODEL : 0;
+    return move(path, 0, pieces, count, offset) ? FOR_THE_MODEL : 0;
 }
 
 static int64_t complete(struct hv_path *path, uint8_t *status, uint64_t size, int64_t written)
 {
     *(volatile uint8_t *)status = 0;
+    hv_mark(path->marks, status, 1);
     path->requests++;
     path->bytes += size;
     return written;
@@ -162,7 +173,7 @@ static int64_t start(struct hv_path *path, struct hv_chain *chain, int others)
     uint32_t count = write ? chain->readable - 1 : chain->writable - 1;
     if (size >= LARGE && others && !send(path, chain, write, chain->piece + 1, count, offset, size, 1))
         return ON_ITS_WAY;
-    int state = write ? move(path->fd, 1, chain->piece + 1, count, offset) : start_read(path, chain, offset, size);
+    int state = write ? move(path, 1, chain->piece + 1, count, offset) : start_read(path, chain, offset, size);
     return state ? state : complete(path, answer, size, write ? 1 : (int64_t)size + 1);
 }
 
@@ -190,10 +201,12 @@ static void collect(struct hv_path *path, int wait)
     while (hv_uring_next(disk->ring, &tag, &result)) {
         struct slot *slot = &disk->slot[tag];
         int bad = result < 0 && result != -EINTR && result != -EAGAIN;
+        if (!slot->write)
+            mark_read(path, slot->at, slot->count);
         if (!bad) { /* the kernel may stop half-way, at the end of the file or not */
             uint32_t done = result > 0 ? (uint32_t)result : 0;
             skip(&slot->at, &slot->count, done);
-            bad = move(path->fd, slot->write, slot->at, slot->count, slot->offset + done);
+            bad = move(path, slot->write, slot->at, slot->count, slot->offset + done);
         }
         slot->next_free = disk->first_free;
         disk->first_free = (uint32_t)tag;

@@ -107,6 +107,7 @@ class Vm:
         self._rings: list[ByteRing] = []
         self._stats = Stats(fd)
         self.vcpus: list[Vcpu] = []
+        self._regions: dict[int, tuple[int, int, int]] = {}
         self.has_irqchip = False
         self.has_pit = False
 
@@ -136,12 +137,46 @@ class Vm:
 
     def set_memory(self, slot: int, gpa: int, size: int, host_address: int) -> None:
         """Map `size` bytes of this process at `host_address` to guest-physical `gpa` (multiples of the page size)."""
+        self._set_region(slot, gpa, size, host_address, 0)
+        self._regions[slot] = gpa, size, host_address
+
+    def _set_region(self, slot: int, gpa: int, size: int, host_address: int, flags: int) -> None:
         region = ffi.new("struct kvm_userspace_memory_region *")
         region.slot = slot
+        region.flags = flags
         region.guest_phys_addr = gpa
         region.memory_size = size
         region.userspace_addr = host_address
         control(self._fd, lib.KVM_SET_USER_MEMORY_REGION, region)
+
+    @property
+    def slots(self) -> dict[int, tuple[int, int]]:
+        """Memory slots by number: (address in this process, size in bytes) each."""
+        return {slot: (host, size) for slot, (_, size, host) in self._regions.items()}
+
+    def log_dirty(self, on: bool, *, by_hand: bool = False) -> bool:
+        """Have KVM log which pages of every memory slot are written, or end that. vCPUs may run.
+
+        Args:
+            on: whether to log.
+            by_hand: have the log cleared by an ioctl of its own (KVM_CLEAR_DIRTY_LOG), all of it set at first. That
+                spares switching on a walk over all of memory, and costs each collection a call.
+
+        Returns:
+            Whether the log is to be cleared by hand: False where the host's KVM cannot do that.
+        """
+        if self._fd < 0:
+            return False
+        wanted = lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | lib.KVM_DIRTY_LOG_INITIALLY_SET
+        can = self.check_extension(lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+        by_hand = on and by_hand and bool(can & lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+        if can:
+            how = ffi.new("struct kvm_enable_cap *", {"cap": lib.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2})
+            how.args[0] = can & wanted if by_hand else 0
+            control(self._fd, lib.KVM_ENABLE_CAP, how)
+        for slot, region in self._regions.items():
+            self._set_region(slot, *region, lib.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+        return by_hand
 
     def set_intel_pages(self, tss: int, identity_map: int) -> None:
         """Give KVM the guest pages that VT-x needs to run real mode; elsewhere they are ignored."""

@@ -7,7 +7,15 @@ from typing import Any, Final
 from hypervisor.errors import KvmError
 from hypervisor.kvm._kvm import ffi, lib
 
-OTHERS: Final = {"KVM_CHECK_EXTENSION", "KVM_IOEVENTFD", "KVM_IRQFD", "KVM_IRQ_LINE", "KVM_KVMCLOCK_CTRL"}
+OTHERS: Final = {
+    "KVM_CHECK_EXTENSION",
+    "KVM_CLEAR_DIRTY_LOG",
+    "KVM_ENABLE_CAP",
+    "KVM_IOEVENTFD",
+    "KVM_IRQFD",
+    "KVM_IRQ_LINE",
+    "KVM_KVMCLOCK_CTRL",
+}
 
 
 def refusal(request: int, errno: int) -> KvmError:

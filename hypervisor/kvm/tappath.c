@@ -106,6 +106,7 @@ static void deliver(struct hv_path *path, struct window *window, uint64_t size)
         left -= part;
     }
     set_num_buffers(start, (uint16_t)used);
+    hv_mark_pieces(path->marks, start, HV_PIECES, size);
     hv_queue_take(queue, used);
     hv_queue_publish(queue, used);
     path->requests++;
@@ -162,9 +163,11 @@ static int receive(struct hv_path *path, struct window *window, struct hv_chain 
             return 0;
         }
         if (got <= 0) {
+            hv_mark_pieces(path->marks, window->piece + window->at, pieces, window->room);
             path->gone = 1;
             return -1;
         }
+        hv_mark_pieces(path->marks, window->piece + window->at, pieces, (uint64_t)got); /* also what is dropped later */
         if ((uint64_t)got < path->header_size) {
             path->drops++;
         } else if ((uint64_t)got > window->room) {

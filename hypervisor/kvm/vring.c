@@ -129,6 +129,7 @@ void hv_queue_put(struct hv_queue *queue, uint32_t at, uint16_t head, uint32_t w
     volatile uint32_t *entry = (volatile uint32_t *)(queue->used + 4 + 8 * (uint64_t)(position & (queue->size - 1)));
     entry[0] = head;
     entry[1] = written;
+    hv_mark(queue->marks, entry, 8);
 }
 
 /* Show the driver `count` more entries. */
@@ -136,6 +137,7 @@ void hv_queue_publish(struct hv_queue *queue, uint32_t count)
 {
     queue->cursor[NEXT_USED] = (uint16_t)(queue->cursor[NEXT_USED] + count);
     store16(queue->used + 2, queue->cursor[NEXT_USED]);
+    hv_mark(queue->marks, (void *)queue->used, 4);
 }
 
 /* Interrupt the driver if it wants to know of what was published since the last call (2.7.7). */
@@ -163,18 +165,19 @@ void hv_queue_notify(struct hv_queue *queue)
 
 void hv_queue_ignore_kicks(struct hv_queue *queue)
 {
-    if (!queue->event_idx)
-        store16(queue->used, 1);
+    if (queue->event_idx)
+        return;
+    store16(queue->used, 1);
+    hv_mark(queue->marks, (void *)queue->used, 2);
 }
 
 /* Ask the driver to kick for what comes behind the next `beyond` chains; returns whether it has come already. */
 int hv_queue_expect_kicks(struct hv_queue *queue, uint32_t beyond)
 {
     uint16_t awaited = (uint16_t)(queue->cursor[NEXT_AVAILABLE] + beyond);
-    if (queue->event_idx)
-        store16(avail_event(queue), awaited);
-    else
-        store16(queue->used, 0);
+    uint64_t asking = queue->event_idx ? avail_event(queue) : queue->used;
+    store16(asking, queue->event_idx ? awaited : 0);
+    hv_mark(queue->marks, (void *)asking, 2);
     atomic_thread_fence(memory_order_seq_cst); /* what the driver reads is stored before its idx is loaded */
     return load16(queue->available + 2) != awaited;
 }

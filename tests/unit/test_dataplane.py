@@ -21,6 +21,7 @@ from devices.ports import DiskShortCut, GuestFault, TapShortCut
 from devices.virtio.block import Block
 from devices.virtio.net import Net
 from hypervisor.kvm.dataplane import STOPPED, DiskPath, TapPath
+from hypervisor.kvm.dirty import Marks
 from hypervisor.runner import ThreadRunner
 
 SECTOR, SECTORS = 512, 64
@@ -35,6 +36,17 @@ class Ram(FakeRam):
         self.low = self.map
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
         self.ranges = [(0, size, self.address)]
+        self.marks = Marks(self.address, size)
+
+    @property
+    def is_tracked(self):
+        return self.marks.is_on
+
+    def write(self, gpa, data):
+        self.view(gpa, len(data))[:] = data  # the guest does
+
+    def written(self, gpa, size):
+        self.marks.mark(gpa, size)
 
     def view(self, gpa, size):
         if size >= 0 and gpa >= 0 and gpa + size <= len(self.map):
@@ -99,7 +111,7 @@ class Disk:
         device = Block("blk0", self.ram, self.image, log=EventLog())
         self.driver = driver_of(device, self.ram, features)
         self.kick_fd = os.eventfd(0)
-        self.path = DiskPath(self.ram.ranges, device.queues[0], device.short_cut(), self.kick_fd)
+        self.path = DiskPath(self.ram.ranges, device.queues[0], device.short_cut(), self.kick_fd, marks=self.ram.marks)
 
     def run(self):
         """Let the path do all that is there now; return what it wants done in Python."""
@@ -516,7 +528,7 @@ class Interface:
         device = Net("net0", self.ram, self.tap, mac=bytes(6), log=EventLog())
         self.driver = driver_of(device, self.ram, features)
         self.kicks = [os.eventfd(0), os.eventfd(0)]
-        self.path = TapPath(self.ram.ranges, *device.queues, device.short_cut(), *self.kicks)
+        self.path = TapPath(self.ram.ranges, *device.queues, device.short_cut(), *self.kicks, marks=self.ram.marks)
         self.results = []
         self.thread = threading.Thread(target=lambda: self.results.append(self.path.run()))
 

@@ -35,6 +35,8 @@ class FakeRam:
             raise GuestFault(gpa, size)
         return self.data[gpa : gpa + size]
 
+    is_tracked = False
+
     def read(self, gpa: int, size: int) -> bytes:
         return bytes(self.view(gpa, size))
 
