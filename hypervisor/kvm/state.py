@@ -145,10 +145,7 @@ def load(vm: Vm, state: MachineState, *, advance: bool = False) -> Loaded:
         HostError: this host lacks something that the guest uses.
         KvmError: when the kernel refuses.
     """
-    if [vcpu.index for vcpu in vm.vcpus] != [vcpu.index for vcpu in state.vcpus]:
-        raise ValueError(f"a state of {len(state.vcpus)} vCPUs for a machine of {len(vm.vcpus)}")
-    if (bool(state.vm.chips), bool(state.vm.pit)) != (vm.has_irqchip, vm.has_pit):
-        raise ValueError("the state has other interrupt controllers or timers than the machine")
+    check_same_machine(vm, state)
     saved = state.vm.clock
     elapsed = max(0, time.time_ns() - saved.realtime_ns) if advance else 0
     # The clock first: the TSCs follow it, and the deadline timers of the LAPICs follow the TSCs.
@@ -164,9 +161,11 @@ def load(vm: Vm, state: MachineState, *, advance: bool = False) -> Loaded:
         exact.append(offset is not None)
     # The controllers last: one that has an interrupt to deliver hands it to LAPICs that are in place.
     for name, registers in state.vm.chips.items():
-        _write_chip(vm, *CHIPS[name], registers)
+        control(vm.fileno(), lib.KVM_SET_IRQCHIP, chip_argument(*CHIPS[name], registers))
     if state.vm.pit:
-        _write_pit(vm, state.vm.pit)
+        pit = pit_argument(state.vm.pit)
+        _change_epoch(pit, time.monotonic_ns())
+        control(vm.fileno(), lib.KVM_SET_PIT2, pit)
     for vcpu in vm.vcpus:
         tell_paused(vcpu)
     return Loaded(refused, all(exact))
@@ -180,22 +179,31 @@ def _new_tsc_offset(state: VcpuState, then: ClockState, now: ClockState) -> int 
     return (state.tsc_offset + then.host_tsc + passed - now.host_tsc) & MASK64
 
 
-def _write_chip(vm: Vm, number: int, kind: str, registers: bytes) -> None:
+def check_same_machine(vm: Vm, state: MachineState) -> None:
+    """Raise ValueError when the state is of another number of vCPUs or has other interrupt controllers."""
+    if [vcpu.index for vcpu in vm.vcpus] != [vcpu.index for vcpu in state.vcpus]:
+        raise ValueError(f"a state of {len(state.vcpus)} vCPUs for a machine of {len(vm.vcpus)}")
+    if (bool(state.vm.chips), bool(state.vm.pit)) != (vm.has_irqchip, vm.has_pit):
+        raise ValueError("the state has other interrupt controllers or timers than the machine")
+
+
+def chip_argument(number: int, kind: str, registers: bytes) -> Any:
+    """Return the struct kvm_irqchip that sets a controller."""
     if len(registers) != ffi.sizeof(kind):
         raise ValueError(f"{len(registers)} bytes are no {kind}")
     chip = ffi.new("struct kvm_irqchip *")
     chip.chip_id = number
     ffi.buffer(chip)[CHIP_AT : CHIP_AT + len(registers)] = registers
-    control(vm.fileno(), lib.KVM_SET_IRQCHIP, chip)
+    return chip
 
 
-def _write_pit(vm: Vm, saved: bytes) -> None:
+def pit_argument(saved: bytes) -> Any:
+    """Return the struct kvm_pit_state2 that sets the timers, still with ages in the place of moments."""
     pit = ffi.new("struct kvm_pit_state2 *")
     if len(saved) != ffi.sizeof("struct kvm_pit_state2"):
         raise ValueError(f"{len(saved)} bytes are no struct kvm_pit_state2")
     ffi.buffer(pit)[:] = saved
-    _change_epoch(pit, time.monotonic_ns())
-    control(vm.fileno(), lib.KVM_SET_PIT2, pit)
+    return pit
 
 
 # --- as what a file can carry -------------------------------------------------------------------------------------

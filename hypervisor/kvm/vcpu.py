@@ -324,10 +324,11 @@ class Vcpu:
 
     def set_msrs(self, values: Sequence[tuple[int, int]]) -> int:
         """Set MSRs in order and return how many the kernel took before the first that it refused."""
-        return control(self._fd, lib.KVM_SET_MSRS, self._msr_table(values))
+        return control(self._fd, lib.KVM_SET_MSRS, self.msr_table(values))
 
     @staticmethod
-    def _msr_table(values: Sequence[tuple[int, int]]) -> Any:
+    def msr_table(values: Sequence[tuple[int, int]]) -> Any:
+        """Return the struct kvm_msrs with these (index, value) pairs."""
         table = ffi.new("struct kvm_msrs *", {"entries": len(values)})
         table.nmsrs = len(values)
         for entry, (index, data) in zip(table.entries[0 : len(values)], values, strict=True):

@@ -16,12 +16,23 @@ from hypervisor.kvm.ioctls import control, control_value
 from hypervisor.kvm.vcpu import Segment, fill_special, special_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hypervisor.kvm.handles import Vm
     from hypervisor.kvm.vcpu import Vcpu
 
-__all__ = ["Refusal", "VcpuState", "load_vcpu", "save_vcpu", "tell_paused"]
+__all__ = [
+    "Refusal",
+    "Step",
+    "VcpuState",
+    "check_settled",
+    "load_frame",
+    "load_vcpu",
+    "refused_msr",
+    "save_vcpu",
+    "tell_paused",
+    "vcpu_steps",
+]
 
 MSR_TSC: Final = 0x10
 MSR_TSC_DEADLINE: Final = 0x6E0
@@ -98,8 +109,7 @@ def save_vcpu(vm: Vm, vcpu: Vcpu, msr_indices: Sequence[int]) -> VcpuState:
         ValueError: an access of the guest is half done.
         KvmError: when the kernel refuses.
     """
-    if not vcpu.is_settled:
-        raise ValueError(f"vCPU {vcpu.index} is in the middle of an access: settle it first")
+    check_settled(vcpu)
     fd = vcpu.fileno()
     # First, because it acts on an INIT or SIPI that has arrived, which changes all the rest.
     mp_state = _get(fd, "struct kvm_mp_state *", lib.KVM_GET_MP_STATE).mp_state
@@ -231,13 +241,20 @@ def _read_msrs(fd: int, indices: Sequence[int]) -> tuple[dict[int, int], list[in
 # --- in -----------------------------------------------------------------------------------------------------------
 
 
+class Step(NamedTuple):
+    """One ioctl that sets a part of a vCPU's state.
+
+    Attributes:
+        request: its number.
+        argument: its structure; of KVM_SET_MSRS the (index, value) pairs, of KVM_SET_DEVICE_ATTR the TSC's offset.
+    """
+
+    request: int
+    argument: Any
+
+
 def load_vcpu(vm: Vm, vcpu: Vcpu, state: VcpuState, *, tsc: int, tsc_offset: int | None) -> list[Refusal]:
     """Put a vCPU that does not run into a saved state; the guest's memory is in place already.
-
-    The order is what KVM asks for. CPUID comes first: it decides what every other call takes. Special registers come
-    before the LAPIC, whose mode is in apic_base, and the LAPIC before the TSC deadline, which is dropped without a word
-    while the timer is in another mode; the TSC comes before both, the deadline being counted in it. The general
-    registers come before the events: setting them forgets a pending exception. The rest follows from none of these.
 
     Args:
         vm: the VM that it belongs to.
@@ -254,34 +271,67 @@ def load_vcpu(vm: Vm, vcpu: Vcpu, state: VcpuState, *, tsc: int, tsc_offset: int
         HostError: this host lacks an extended state that the guest uses.
         KvmError: when the kernel refuses.
     """
+    check_settled(vcpu)
+    fd = vcpu.fileno()
+    refused = []
+    load_frame(vcpu, state)
+    for request, argument in vcpu_steps(vm, vcpu, state, tsc=tsc, tsc_offset=tsc_offset):
+        if request == lib.KVM_SET_MSRS:
+            refused += _write_msrs(vcpu, argument)
+        elif request == lib.KVM_SET_DEVICE_ATTR:
+            offset = ffi.new("uint64_t *", argument)
+            control(fd, request, _tsc_attribute(offset))
+        elif request != lib.KVM_SET_NESTED_STATE or argument != _nested(vm, fd):
+            control(fd, request, ffi.from_buffer(argument) if isinstance(argument, bytes) else argument)
+    return refused
+
+
+def check_settled(vcpu: Vcpu) -> None:
+    """Raise ValueError when an access of the guest is half done."""
     if not vcpu.is_settled:
         raise ValueError(f"vCPU {vcpu.index} is in the middle of an access: settle it first")
+
+
+def load_frame(vcpu: Vcpu, state: VcpuState) -> None:
+    """Set what decides how everything else is taken, and what no guest can change: CPUID and the TSC's frequency."""
     fd = vcpu.fileno()
     if read_cpuid(fd) != state.cpuid:  # a vCPU that has run takes no other, and older kernels not even the same again
         vcpu.set_cpuid(state.cpuid)
     if state.tsc_khz not in (0, vcpu.tsc_khz()):
         _set_tsc_khz(fd, state.tsc_khz)
-    _load_special(vm, vcpu, state.special)
-    _load_xcrs(vm, fd, state.xcrs)
+
+
+def vcpu_steps(vm: Vm, vcpu: Vcpu, state: VcpuState, *, tsc: int, tsc_offset: int | None) -> Iterator[Step]:
+    """Yield what sets the rest of a state, in order; arguments as for `load_vcpu`.
+
+    The order is what KVM asks for. CPUID comes first: it decides what every other call takes. Special registers come
+    before the LAPIC, whose mode is in apic_base, and the LAPIC before the TSC deadline, which is dropped without a word
+    while the timer is in another mode; the TSC comes before both, the deadline being counted in it. The general
+    registers come before the events: setting them forgets a pending exception. The rest follows from none of these.
+    """
+    yield _special_step(vm, vcpu, state.special)
+    if state.xcrs:
+        yield _xcrs_step(vm, state.xcrs)
     if tsc_offset is not None:
-        control(fd, lib.KVM_SET_DEVICE_ATTR, _tsc_attribute(ffi.new("uint64_t *", tsc_offset)))
+        yield Step(lib.KVM_SET_DEVICE_ATTR, tsc_offset)
     late = (MSR_TSC, MSR_TSC_DEADLINE)
     first = [] if tsc_offset is not None else [(MSR_TSC, tsc)]
-    refused = _write_msrs(vcpu, [*first, *((msr, value) for msr, value in state.msrs.items() if msr not in late)])
-    _load_xsave(vm, fd, state.xsave)
-    if state.nested and state.nested != _nested(vm, fd):
-        control(fd, lib.KVM_SET_NESTED_STATE, ffi.from_buffer(state.nested))
+    yield Step(lib.KVM_SET_MSRS, [*first, *(pair for pair in state.msrs.items() if pair[0] not in late)])
+    yield _xsave_step(vm, state.xsave)
+    if state.nested:
+        yield Step(lib.KVM_SET_NESTED_STATE, state.nested)
     if state.lapic:
-        vcpu.set_lapic(state.lapic)
+        lapic = ffi.new("struct kvm_lapic_state *")
+        ffi.buffer(lapic.regs)[:] = state.lapic
+        yield Step(lib.KVM_SET_LAPIC, lapic)
     if MSR_TSC_DEADLINE in state.msrs:
-        refused += _write_msrs(vcpu, [(MSR_TSC_DEADLINE, state.msrs[MSR_TSC_DEADLINE])])
+        yield Step(lib.KVM_SET_MSRS, [(MSR_TSC_DEADLINE, state.msrs[MSR_TSC_DEADLINE])])
     debug = ffi.new("struct kvm_debugregs *", {"db": [state.debug[f"db{i}"] for i in range(4)]})
     debug.dr6, debug.dr7 = state.debug["dr6"], state.debug["dr7"]
-    control(fd, lib.KVM_SET_DEBUGREGS, debug)
-    vcpu.set_registers(state.registers)
-    control(fd, lib.KVM_SET_MP_STATE, ffi.new("struct kvm_mp_state *", {"mp_state": state.mp_state}))
-    _load_events(fd, state.events)
-    return refused
+    yield Step(lib.KVM_SET_DEBUGREGS, debug)
+    yield Step(lib.KVM_SET_REGS, ffi.new("struct kvm_regs *", state.registers))
+    yield Step(lib.KVM_SET_MP_STATE, ffi.new("struct kvm_mp_state *", {"mp_state": state.mp_state}))
+    yield _events_step(state.events)
 
 
 def _set_tsc_khz(fd: int, khz: int) -> None:
@@ -294,51 +344,49 @@ def _set_tsc_khz(fd: int, khz: int) -> None:
         ) from error
 
 
-def _load_special(vm: Vm, vcpu: Vcpu, values: dict[str, int | Segment]) -> None:
+def _special_step(vm: Vm, vcpu: Vcpu, values: dict[str, int | Segment]) -> Step:
     pointers = [values[name] for name in (f"pdptr{i}" for i in range(4)) if name in values]
     common = {name: value for name, value in values.items() if not name.startswith("pdptr")}
-    if not vm.check_extension(lib.KVM_CAP_SREGS2):
-        vcpu.set_special_registers(common)  # KVM loads the PAE pointers from memory
-        return
+    if not vm.check_extension(lib.KVM_CAP_SREGS2):  # KVM loads the PAE pointers from memory
+        sregs = _get(vcpu.fileno(), "struct kvm_sregs *", lib.KVM_GET_SREGS)
+        fill_special(sregs, common)
+        return Step(lib.KVM_SET_SREGS, sregs)
     sregs = ffi.new("struct kvm_sregs2 *")
     fill_special(sregs, common)
     if pointers:
         sregs.pdptrs = pointers
         sregs.flags = 1  # KVM_SREGS2_FLAGS_PDPTRS_VALID
-    control(vcpu.fileno(), lib.KVM_SET_SREGS2, sregs)
+    return Step(lib.KVM_SET_SREGS2, sregs)
 
 
-def _load_xcrs(vm: Vm, fd: int, values: dict[int, int]) -> None:
-    if not values:
-        return
+def _xcrs_step(vm: Vm, values: dict[int, int]) -> Step:
     if not vm.check_extension(lib.KVM_CAP_XCRS) or len(values) > lib.KVM_MAX_XCRS:
         raise HostError("this host's KVM has no extended control registers (XCR0), and the guest uses them")
     xcrs = ffi.new("struct kvm_xcrs *")
     xcrs.nr_xcrs = len(values)
     for row, (number, value) in zip(xcrs.xcrs[0 : len(values)], values.items(), strict=True):
         row.xcr, row.value = number, value
-    control(fd, lib.KVM_SET_XCRS, xcrs)
+    return Step(lib.KVM_SET_XCRS, xcrs)
 
 
-def _load_xsave(vm: Vm, fd: int, saved: bytes) -> None:
+def _xsave_step(vm: Vm, saved: bytes) -> Step:
     size = _xsave_size(vm)
     has_xsave = len(saved) != ffi.sizeof("struct kvm_fpu")
     if has_xsave != bool(size) or any(saved[size or len(saved) :]):
         raise HostError("this host's KVM cannot hold the guest's FPU and vector state (XSAVE)")
     if not size:
-        control(fd, lib.KVM_SET_FPU, ffi.from_buffer(saved))
-        return
+        return Step(lib.KVM_SET_FPU, saved)
     area = ffi.new("char[]", size)
     ffi.buffer(area)[0 : min(size, len(saved))] = saved[:size]
-    control(fd, lib.KVM_SET_XSAVE, area)
+    return Step(lib.KVM_SET_XSAVE, area)
 
 
-def _load_events(fd: int, saved: bytes) -> None:
+def _events_step(saved: bytes) -> Step:
     events = ffi.new("struct kvm_vcpu_events *")
     if len(saved) != ffi.sizeof("struct kvm_vcpu_events"):
         raise ValueError(f"{len(saved)} bytes are no struct kvm_vcpu_events")
     ffi.buffer(events)[:] = saved
-    control(fd, lib.KVM_SET_VCPU_EVENTS, events)
+    return Step(lib.KVM_SET_VCPU_EVENTS, events)
 
 
 def _write_msrs(vcpu: Vcpu, values: Iterable[tuple[int, int]]) -> list[Refusal]:
@@ -348,12 +396,15 @@ def _write_msrs(vcpu: Vcpu, values: Iterable[tuple[int, int]]) -> list[Refusal]:
     while rest:
         done = vcpu.set_msrs(rest)
         if done < len(rest):
-            msr, wanted = rest[done]
-            present = _read_msrs(vcpu.fileno(), (msr,))[0].get(msr)
-            if present != wanted:
-                refused.append(Refusal(vcpu.index, msr, wanted, present))
+            refused += refused_msr(vcpu, *rest[done])
         rest = rest[done + 1 :]
     return refused
+
+
+def refused_msr(vcpu: Vcpu, msr: int, wanted: int) -> list[Refusal]:
+    """Return what it means that KVM refused an MSR: nothing where it has this value already."""
+    present = _read_msrs(vcpu.fileno(), (msr,))[0].get(msr)
+    return [] if present == wanted else [Refusal(vcpu.index, msr, wanted, present)]
 
 
 def tell_paused(vcpu: Vcpu) -> None:

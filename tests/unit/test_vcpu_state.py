@@ -34,15 +34,6 @@ class FakeVcpu:
     def set_cpuid(self, table):
         self.calls.append("CPUID")
 
-    def set_lapic(self, page):
-        self.calls.append("LAPIC")
-
-    def set_registers(self, values):
-        self.calls.append("REGS")
-
-    def set_special_registers(self, values):
-        self.calls.append("SREGS")
-
     def set_msrs(self, values):
         for done, (msr, value) in enumerate(values):
             if msr in self.refuses:
