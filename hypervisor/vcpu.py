@@ -126,6 +126,17 @@ class Vcpu:
             raise failure[0]
         return result[0]
 
+    def post(self, function: Callable[[], None]) -> None:
+        """Run `function` between two entries of the guest, soon, on the vCPU's own thread, and wait for nothing.
+
+        Called by a device while it answers an access, it runs as soon as the guest has finished that instruction. What
+        it raises ends the machine.
+        """
+        with self._changed:
+            self._jobs.append(function)
+            self._changed.notify_all()
+        self.handle.kick()
+
     @property
     def registers(self) -> dict[str, int]:
         """The general registers, rip and rflags; a running vCPU leaves the guest for a moment."""
