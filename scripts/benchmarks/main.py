@@ -30,6 +30,7 @@ BENCHMARKS: Final = {
     "fio": ("fio", "fio on a guest's disk in the emulated host, beside a loop device there (minutes)"),
     "profile": ("profile", "what recording exits costs, and what reading ten million of them does"),
     "profile-boot": ("profile", "Debian's kernel to /init in the emulated host, with every exit in a file (minutes)"),
+    "reset": ("reset", "a running machine set back to a checkpoint"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }
