@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
     from hypervisor.control import Control
+    from hypervisor.kvm.dirty import Dirty
     from hypervisor.kvm.handles import IrqInput
     from hypervisor.profile.exits import Exits
     from hypervisor.profile.live import LiveExits
@@ -448,6 +449,12 @@ class Machine:
         boot = self.vcpus[0]
         table = boot.call(lambda: read_cpuid(boot.handle.fileno()))
         return {"config": self.config.to_plain(), "cpuid": [list(row) for row in table], "booted": self._booted()}
+
+    def log_changes(self) -> Dirty:
+        """Begin to log which pages of RAM change, whoever writes them; until it is closed."""
+        from hypervisor.kvm.dirty import Dirty  # noqa: PLC0415 - for those who move a machine
+
+        return Dirty(self._vm, self.memory.marks)
 
     def _booted(self) -> dict[str, Any]:
         plan = self.boot_plan
