@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from hypervisor.config import MachineConfig
     from hypervisor.control import Control
     from hypervisor.kvm.dirty import Dirty
-    from hypervisor.kvm.handles import IrqInput
+    from hypervisor.kvm.handles import IrqInput, Vm
     from hypervisor.profile.exits import Exits
     from hypervisor.profile.live import LiveExits
     from hypervisor.profile.model import Profile
     from hypervisor.profile.recording import Recording
     from hypervisor.requests import Requests
+    from hypervisor.snapshot.checkpoint import Checkpoint
     from hypervisor.snapshot.origin import Origin
     from hypervisor.snapshot.store import Snapshot
 
@@ -85,7 +86,7 @@ class Machine:
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._started = False
-        self._is_paused = False
+        self._is_paused = self._is_closed = False
         self._still = threading.RLock()  # who pauses, and who goes on
         self._clock: Clock | None = None
         self._live: LiveExits | None = None
@@ -333,7 +334,7 @@ class Machine:
                 if not was_paused and self._started:
                     self.resume()
 
-    def _without_devices(self, function: Callable[[], T]) -> T:
+    def _without_devices(self, function: Callable[[], T], *, resume: bool = False) -> T:
         self.console.pump()
         self.debug_console.pump()
         if self._virtio is None or not self._started:
@@ -342,8 +343,55 @@ class Machine:
         try:
             return function()
         finally:
-            if self._outcome is None:  # what was given away must not touch its disks any more
+            if resume or self._outcome is None:  # what was given away must not touch its disks any more
                 self._virtio.resume()
+
+    def go_back(self, function: Callable[[], T], *, revive: bool = True) -> T:
+        """Do as `stand_still`, for a `function` that puts the machine where it was; one that has ended lives again.
+
+        Args:
+            function: what to do.
+            revive: False: one that has ended stays so.
+
+        Raises:
+            SnapshotError: the machine was closed, or failed by a fault of the VMM.
+        """
+        with self._still:
+            if self._outcome is None:
+                return self.stand_still(function)
+            if self.is_closed or self._outcome.reason is Stop.FAULT:
+                raise SnapshotError("the machine cannot go back: it has failed or was closed")
+            self._settle()
+            result = self.loop.run(lambda: self._without_devices(function, resume=revive))
+            if revive:
+                self._revive()
+            return result
+
+    def _revive(self) -> None:
+        """Go on after an end; the state is that of a time before."""
+        with self._lock:
+            self._outcome = None
+            self._done.clear()
+        self._clock = Clock(self.vcpus[0].handle.tsc_khz())
+        self._live = None
+        for vcpu in self.vcpus:
+            vcpu.revive(paused=self._is_paused)
+
+    def checkpoint(self) -> Checkpoint:
+        """Take this moment, to bring the machine back to it in place with `Checkpoint.reset`, as often as one likes.
+
+        From here on KVM logs which pages change, and writes to disks are kept in memory. A machine has one checkpoint
+        at a time.
+
+        Raises:
+            SnapshotError: the machine has ended, or has one already.
+            HostError: the host does not give the memory for it: as much as the guest uses.
+        """
+        from hypervisor.snapshot.checkpoint import Checkpoint  # noqa: PLC0415 - for those who want one
+
+        if self.memory.is_tracked:
+            raise SnapshotError("the machine has a checkpoint, or is being moved", hint="close the checkpoint first")
+        return Checkpoint(self)
 
     def capture(self) -> dict[str, Any]:
         """Return all of its state but RAM and disks, as plain values; for a `function` of `stand_still`."""
@@ -351,10 +399,28 @@ class Machine:
 
         return {
             "booted": self._booted(),
-            "kvm": to_plain(save(self._vm, self._kvm.msr_indices())),
-            "devices": self._pc.state(),
-            "virtio": {} if self._virtio is None else self._virtio.state(),
+            "kvm": to_plain(save(self._vm, self.msr_indices())),
+            **self.device_states(),
         }
+
+    @property
+    def vm(self) -> Vm:
+        """The handle of its VM."""
+        return self._vm
+
+    def msr_indices(self) -> list[int]:
+        """Return the MSRs that make up a vCPU's state on this host."""
+        return self._kvm.msr_indices()
+
+    def device_states(self) -> dict[str, Any]:
+        """Return the state of all device models, as plain values; for a `function` of `stand_still`."""
+        return {"devices": self._pc.state(), "virtio": {} if self._virtio is None else self._virtio.state()}
+
+    def load_devices(self, state: Mapping[str, Any]) -> None:
+        """Put all device models into a state of `device_states`; raises KeyError, TypeError or ValueError."""
+        self._pc.load(state["devices"])
+        if self._virtio is not None:
+            self._virtio.load(state["virtio"])
 
     def save(
         self,
@@ -479,9 +545,7 @@ class Machine:
         from hypervisor.kvm.state import from_plain, load  # noqa: PLC0415 - for those who load
 
         try:
-            self._pc.load(state["devices"])
-            if self._virtio is not None:
-                self._virtio.load(state["virtio"])
+            self.load_devices(state)
             load(self._vm, from_plain(state["kvm"]), advance=advance)  # last: the lines that the devices drive are set
         except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
             raise SnapshotError(f"the state is not one of this machine: {type(error).__name__}: {error}") from error
@@ -506,8 +570,14 @@ class Machine:
         """How the run ended, None while it goes on."""
         return self._outcome if self._done.is_set() else None
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
     def close(self) -> None:
         """End the guest if it runs and give back memory, descriptors and threads."""
+        self._is_closed = True
         if self._started:
             self.kill()
         if self._recording is not None:

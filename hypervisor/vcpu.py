@@ -92,6 +92,15 @@ class Vcpu:
             self._changed.notify_all()
         self.handle.kick()
 
+    def revive(self, *, paused: bool) -> None:
+        """Start the thread again after it has ended; the vCPU has been put into another state."""
+        self._ending = False
+        self._pausing = paused
+        self._jobs.clear()
+        if paused:
+            self.handle.kick()
+        self.start()
+
     def join(self) -> None:
         """Wait for the thread to end."""
         if self._thread is not None and self._thread is not threading.current_thread():
