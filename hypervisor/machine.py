@@ -570,6 +570,10 @@ class Machine:
         """How the run ended, None while it goes on."""
         return self._outcome if self._done.is_set() else None
 
+    def at_close(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called by `close`, at its end."""
+        self._stack.callback(callback)
+
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""

@@ -113,6 +113,7 @@ def _chain(error: BaseException) -> str:
     parts = [str(error)]
     while (cause := error.__cause__) is not None:
         error = cause
-        if str(error) not in parts[-1]:
-            parts.append(str(error))
+        text = getattr(error, "strerror", None) or str(error)  # an OSError's own text repeats its number
+        if not any(text in part for part in parts):
+            parts.append(text)
     return ": ".join(parts)

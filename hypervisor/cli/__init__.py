@@ -13,7 +13,7 @@ from hypervisor.errors import HostError, VmmError
 if TYPE_CHECKING:
     import argparse
 
-VERBS: Final = ("run", "check", "kernel", "initramfs", "profile", "snapshot", "top")
+VERBS: Final = ("run", "check", "kernel", "initramfs", "profile", "snapshot", "migrate", "top")
 FAULT: Final = 5
 DESCRIPTION: Final = "A virtual machine monitor on KVM: runs unmodified kernels, answers their exits in Python."
 EPILOG: Final = """\

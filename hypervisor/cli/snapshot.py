@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from hypervisor.snapshot.fit import Problem
     from hypervisor.snapshot.store import Snapshot
 
-SUMMARY: Final = "look at saved machines: what they are, whether they are whole, what differs"
+SUMMARY: Final = "save running machines, go on from saved ones, and look at them"
 DESCRIPTION: Final = """\
 A snapshot is a directory with everything that a machine was at one moment: manifest.json, which jq reads, its memory,
 and the layers of its disks. Everything in it has a hash.
 
+  hv snapshot save MACHINE NAME   save a running machine, while it goes on or to suspend it
+  hv snapshot restore NAME  run a machine that goes on from there, once or many times
   hv snapshot info NAME     what it is, from when, and what it takes on the disk
   hv snapshot check NAME    whether it is whole, and what this host lacks for it
   hv snapshot diff A B      registers, devices and pages of memory that differ"""
 EPILOG: Final = """\
 examples:
+  hv snapshot save web booted
+  hv snapshot restore booted --clone
   hv snapshot info booted
   hv snapshot check booted --no-memory
   hv snapshot diff booted later --symbols vmlinux
@@ -50,6 +54,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
             name, help=summary, description=summary, epilog=epilog, formatter_class=form
         ).add_argument
 
+    from hypervisor.cli import saving
+
+    form = parser.formatter_class
+    save = "save a running machine to a snapshot"
+    saving.configure_save(
+        actions.add_parser("save", help=save, description=save, epilog=saving.SAVE_EPILOG, formatter_class=form)
+    )
+    back = "run a machine that goes on from a snapshot"
+    saving.configure_restore(
+        actions.add_parser("restore", help=back, description=back, epilog=saving.RESTORE_EPILOG, formatter_class=form)
+    )
     add = action("info", "say what a snapshot is")
     add("name", metavar="NAME", help="the snapshot's directory")
     add("--json", action="store_true", help="as a JSON object")
@@ -75,9 +90,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do one of info, check, diff."""
-    action: Callable[[argparse.Namespace], int] = {"info": _info, "check": _check, "diff": _diff}[options.action]
-    return action(options)
+    """Do one of save, restore, info, check, diff."""
+    from hypervisor.cli.saving import restore, save
+
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "save": save,
+        "restore": restore,
+        "info": _info,
+        "check": _check,
+        "diff": _diff,
+    }
+    return actions[options.action](options)
 
 
 def _clean(text: object) -> str:

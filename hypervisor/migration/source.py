@@ -1,0 +1,258 @@
+"""The end of a migration that has the machine: it sends, and lets go at the very last."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from hypervisor import __version__
+from hypervisor.errors import ConfigError
+from hypervisor.kvm.dirty import PAGE, Dirty
+from hypervisor.migration.wire import SECONDS, VERSION, Kind, MigrationError, connect
+from hypervisor.outcome import Outcome, Stop
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterable, Iterator
+
+    from hypervisor.machine import Machine
+    from hypervisor.migration.wire import Frame, Tls, Wire
+
+__all__ = ["Progress", "Result", "migrate"]
+
+BATCH: Final = 1024
+"""Pages of a frame."""
+OVERHEAD: Final = 0.03
+"""Seconds that the state of vCPUs and devices takes, beside the last pages: measured, with some to spare."""
+MOST_ROUNDS: Final = 30
+
+
+class Progress(NamedTuple):
+    """How far a migration is.
+
+    Attributes:
+        round: how often memory has been gone through; 0 is the first time.
+        left: bytes of memory that are still to be sent in this round.
+        sent: bytes so far.
+        rate: bytes a second.
+    """
+
+    round: int
+    left: int
+    sent: int
+    rate: float
+
+
+class Result(NamedTuple):
+    """How a migration went.
+
+    Attributes:
+        seconds: from the connection to the target's taking over.
+        downtime: seconds from the guest's last instruction here to the target's word that it takes over.
+        rounds: how often memory was gone through, the last time included.
+        sent: bytes.
+    """
+
+    seconds: float
+    downtime: float
+    rounds: int
+    sent: int
+
+
+def migrate(  # noqa: PLR0913 - what the user may say
+    machine: Machine,
+    address: str,
+    *,
+    downtime: float = 0.1,
+    most_rounds: int = MOST_ROUNDS,
+    tls: Tls | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    cancelled: threading.Event | None = None,
+    seconds: float = SECONDS,
+) -> Result:
+    """Move a running machine to the target that listens at `address`. Here it ends with Stop.MIGRATED.
+
+    Args:
+        machine: it runs, or is paused, and goes on so there.
+        address: "unix:PATH" or "tcp:HOST:PORT".
+        downtime: seconds that the guest may stand still: memory is sent again and again until the rest is that little.
+        most_rounds: how often at most.
+        tls: certificates, for TCP.
+        progress: called now and then.
+        cancelled: set it to give up; the guest goes on here.
+        seconds: a target that is silent for so long is gone.
+
+    Raises:
+        ConfigError: the machine cannot be moved.
+        MigrationError: it was not moved, and goes on here (`is_certain`); or nobody knows, see there.
+    """
+    if downtime <= 0:
+        raise ConfigError(f"a downtime of {downtime:g} s", hint="it is a number of seconds above 0")
+    if machine.memory.is_tracked:
+        raise ConfigError(
+            "the machine has a checkpoint, or is being moved already", hint="give the checkpoint up first"
+        )
+    wire = connect(address, tls=tls, seconds=seconds)
+    try:
+        return _Source(machine, wire, downtime, most_rounds, progress, cancelled).run()
+    except EOFError as error:
+        raise MigrationError("the target hung up; the guest goes on here") from error
+    except OSError as error:
+        raise MigrationError(f"the connection broke; the guest goes on here: {error.strerror or error}") from error
+    finally:
+        wire.close()
+
+
+class _Source:
+    def __init__(  # noqa: PLR0913, PLR0917 - as `migrate`
+        self,
+        machine: Machine,
+        wire: Wire,
+        downtime: float,
+        most_rounds: int,
+        progress: Callable[[Progress], None] | None,
+        cancelled: threading.Event | None,
+    ) -> None:
+        self._machine = machine
+        self._wire = wire
+        self._downtime = downtime
+        self._most_rounds = most_rounds
+        self._progress = progress
+        self._cancelled = cancelled
+        self._round = 0
+        self._began = time.monotonic()
+        self._paging = 1e-9  # seconds that pages have taken
+        self._paged = 0
+
+    def run(self) -> Result:
+        self._greet()
+        dirty = self._machine.log_changes()
+        try:
+            self._converge(dirty)
+            return self._hand_over(dirty)
+        finally:
+            dirty.close()
+
+    def _greet(self) -> None:
+        self._wire.send(Kind.HELLO, {"version": VERSION, "program": __version__, **self._machine.describe()})
+        self._expect(Kind.READY)
+
+    def _expect(self, kind: Kind) -> Frame:
+        frame = self._wire.receive()
+        if frame.kind is Kind.REFUSED:
+            raise MigrationError(f"the target refuses: {frame.form.get('why')}", hint="the guest goes on here")
+        if frame.kind is not kind:
+            raise MigrationError(f"the target says {frame.kind.name} where {kind.name} is due; the guest goes on here")
+        return frame
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def _converge(self, dirty: Dirty) -> None:
+        """Send memory until what changes while it is sent is little enough to stop for."""
+        pages = self._machine.memory.size // PAGE
+        dirty.collect()  # from here on; everything is sent at first
+        self._send_pages(self._used(pages), pages)
+        for number in range(1, self._most_rounds + 1):
+            self._round = number
+            changed = dirty.collect()
+            runs = list(changed.runs())
+            if changed.pages * PAGE / self._rate + OVERHEAD <= self._downtime:
+                self._send_pages(runs, changed.pages)  # the stop comes next, and these need not wait for it
+                return
+            self._send_pages(runs, changed.pages)
+        raise MigrationError(
+            f"the guest changes memory faster than {self._rate / 1e6:.0f} MB/s carry it off: after {self._round} rounds"
+            f" {changed.pages * PAGE / 1e6:.1f} MB are left; it goes on here",
+            hint=f"allow it more than {self._downtime * 1e3:.0f} ms of standing still",
+        )
+
+    @property
+    def _rate(self) -> float:
+        """Bytes a second."""
+        return max(self._paged / self._paging, 1.0)
+
+    def _used(self, pages: int) -> Iterator[tuple[int, int]]:
+        """Yield runs of the pages that are not all zero: the target's are."""
+        import numpy as np  # noqa: PLC0415 - for those who migrate
+
+        for first in range(0, pages, BATCH):
+            count = min(BATCH, pages - first)
+            words = np.frombuffer(self._machine.memory.pages(first, count), dtype=np.uint64).reshape(count, -1)
+            flags = np.concatenate(([0], words.any(axis=1).view(np.int8), [0]))
+            edges = np.flatnonzero(np.diff(flags)).tolist()
+            yield from ((first + start, end - start) for start, end in zip(edges[::2], edges[1::2], strict=True))
+
+    def _send_pages(self, runs: Iterable[tuple[int, int]], total: int) -> None:
+        """Send pages, at most BATCH a frame; `total` of them are looked at."""
+        memory = self._machine.memory
+        batch: list[tuple[int, int]] = []
+        size = done = 0
+        for first, count in runs:
+            start = first
+            while start < first + count:
+                part = min(first + count - start, BATCH - size)
+                batch.append((start, part))
+                size += part
+                start += part
+                if size == BATCH:
+                    self._send_batch(batch, memory)
+                    done += size
+                    batch, size = [], 0
+                    self._tell(total - done)
+        if batch:
+            self._send_batch(batch, memory)
+        self._tell(0)
+
+    def _send_batch(self, batch: list[tuple[int, int]], memory: Any) -> None:
+        began = time.monotonic()
+        views = [memory.pages(first, count) for first, count in batch]
+        self._wire.send(Kind.PAGES, {"runs": batch}, views)
+        self._paging += time.monotonic() - began
+        self._paged += sum(map(len, views))
+
+    def _tell(self, left: int) -> None:
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise MigrationError("the migration was cancelled; the guest goes on here")
+        if self._machine.outcome is not None:
+            raise MigrationError("the guest has ended while it was being moved")
+        if self._progress is not None:
+            self._progress(Progress(self._round, left * PAGE, self._wire.sent, self._rate))
+
+    # --- the last step ------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, dirty: Dirty) -> Result:
+        machine = self._machine
+
+        def still() -> float:
+            changed = dirty.collect()
+            self._send_pages(changed.runs(), changed.pages)
+            self._wire.send(Kind.STATE, {"state": machine.capture(), "paused": was_paused})
+            self._expect(Kind.LOADED)
+            self._let_go()
+            return time.monotonic()
+
+        self._round += 1
+        was_paused = machine.is_paused
+        stopped = time.monotonic()
+        taken = machine.stand_still(still)
+        return Result(taken - self._began, taken - stopped, self._round + 1, self._wire.sent)
+
+    def _let_go(self) -> None:
+        """Give the machine away; it ends here unless it is certain that the target did not take over.
+
+        A target that is gone without its word has not begun, if all that it ever sent has been read. That is so when
+        the connection has ended in order, and at any end of a unix socket; over TCP a reset may have overtaken it.
+        """
+        try:
+            self._wire.send(Kind.GO)
+            self._expect(Kind.MINE)
+        except EOFError:
+            raise
+        except OSError as error:
+            if isinstance(error, ConnectionError) and self._wire.family == socket.AF_UNIX:
+                raise
+            message = "handed over, but the target's word is missing: it may have the guest, so it ends here"
+            self._machine.end(Outcome(Stop.MIGRATED, status=MigrationError.status, message=message))
+            raise MigrationError(message, is_certain=False) from error
+        self._machine.end(Outcome(Stop.MIGRATED))

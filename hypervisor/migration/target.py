@@ -1,0 +1,140 @@
+"""The end of a migration that gets the machine: it builds one, fills it, and starts it when the source has let go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from hypervisor import cpuid
+from hypervisor.config import MachineConfig
+from hypervisor.errors import HostError, SnapshotError, VmmError
+from hypervisor.kvm.dirty import PAGE
+from hypervisor.machine import Machine
+from hypervisor.migration.wire import VERSION, Kind, MigrationError
+from hypervisor.snapshot.fit import this_host
+from hypervisor.snapshot.origin import Origin
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hypervisor.migration.wire import Frame, Wire
+
+__all__ = ["receive"]
+
+MOST_RUNS: Final = 1 << 16
+
+
+def receive(wire: Wire, *, changes: Mapping[str, Any] | None = None) -> Machine:
+    """Take a machine from the source at the other end of `wire`, and return it, ready to be started.
+
+    The source has it still, its guest standing, until `Machine.start` takes it over; `close` leaves it to the source.
+
+    Args:
+        wire: the connection; it is closed when all is over.
+        changes: values of its MachineConfig that are others here, such as paths.
+
+    Raises:
+        MigrationError: it did not come; the source has it still, or has ended.
+        VmmError: it cannot run here, which the source has been told.
+    """
+    try:
+        machine = _build(wire.receive(), dict(changes or {}))
+        try:
+            wire.send(Kind.READY)
+            paused = _fill(wire, machine)
+            wire.send(Kind.LOADED)
+        except BaseException:
+            machine.close()
+            raise
+    except EOFError as error:
+        wire.close()
+        raise MigrationError("the source hung up before it let go of the machine") from error
+    except OSError as error:
+        wire.close()
+        raise MigrationError(f"the connection broke before the source let go: {error.strerror or error}") from error
+    except BaseException as error:
+        if isinstance(error, VmmError):
+            _refuse(wire, error)
+        wire.close()
+        raise
+    machine.at_close(wire.close)
+    machine.on_start = lambda: _take_over(wire, machine, paused=paused)
+    return machine
+
+
+def _take_over(wire: Wire, machine: Machine, *, paused: bool) -> None:
+    """Wait until the source lets go, and say that the machine is ours: nobody starts it after this but us."""
+    try:
+        frame = wire.receive()
+        if frame.kind is not Kind.GO:
+            raise MigrationError(f"the source says {frame.kind.name} where GO is due: {frame.form.get('why', '')}")
+        wire.send(Kind.MINE)
+    except (EOFError, OSError) as error:
+        raise MigrationError("the source hung up before it let go of the machine") from error
+    finally:
+        wire.close()
+    if paused:
+        machine.pause()
+
+
+def _refuse(wire: Wire, error: VmmError) -> None:
+    """Tell the source why not."""
+    try:
+        wire.send(Kind.REFUSED, {"why": str(error)})
+    except OSError:
+        pass  # it is gone
+
+
+def _build(frame: Frame, changes: dict[str, Any]) -> Machine:
+    form = frame.form
+    if frame.kind is not Kind.HELLO or frame.size:
+        raise MigrationError("the other end is no source of a migration")
+    if form.get("version") != VERSION:
+        raise MigrationError(f"the source speaks version {form.get('version')} of the protocol, this end {VERSION}")
+    try:
+        config = MachineConfig(**form["config"]).replace(**changes)
+        table = [cpuid.Entry(*row) for row in form["cpuid"]]
+        origin = Origin(dict(form["booted"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise MigrationError(f"the source does not describe a machine: {error}") from error
+    lacks = cpuid.lacks(table, this_host().cpuid)
+    if lacks:
+        names = ", ".join(name for lack in lacks for name in lack.names)
+        raise HostError(f"this host's processor lacks what the guest was given: {names}")
+    return Machine(config, origin=origin)
+
+
+def _fill(wire: Wire, machine: Machine) -> bool:
+    """Take memory and state; return whether the machine was paused."""
+    while True:
+        frame = wire.receive()
+        if frame.kind is Kind.PAGES:
+            _take_pages(wire, machine, frame)
+        elif frame.kind is Kind.STATE and not frame.size:
+            try:
+                machine.load(frame.form["state"])
+            except KeyError as error:
+                raise SnapshotError(f"the source sent a state without {error}") from error
+            return frame.form.get("paused") is True
+        elif frame.kind is Kind.REFUSED:
+            raise MigrationError(f"the source gave up: {frame.form.get('why')}")
+        else:
+            raise MigrationError(f"the source says {frame.kind.name} where pages are due")
+
+
+def _take_pages(wire: Wire, machine: Machine, frame: Frame) -> None:
+    runs = frame.form.get("runs")
+    if not isinstance(runs, list) or len(runs) > MOST_RUNS:
+        raise MigrationError("the source sent pages without saying where they belong")
+    pages = machine.memory.size // PAGE
+    total = 0
+    for run in runs:
+        if not (isinstance(run, list) and len(run) == 2 and all(type(one) is int and one >= 0 for one in run)):
+            raise MigrationError(f"the source sent pages for {run!r}")
+        first, count = run
+        if first + count > pages:
+            raise MigrationError(f"the source sent page {first + count - 1} of {pages}")
+        total += count
+    if total * PAGE != frame.size:
+        raise MigrationError(f"the source sent {frame.size} bytes as {total} pages")
+    for first, count in runs:
+        wire.read_into(machine.memory.pages(first, count))

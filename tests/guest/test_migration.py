@@ -1,0 +1,415 @@
+"""Machines that move to another process while their guests run; and what goes wrong on the way."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hypervisor import Machine, MachineConfig
+from hypervisor.errors import ConfigError
+from hypervisor.migration.source import migrate
+from hypervisor.migration.target import receive
+from hypervisor.migration.wire import Kind, Listener, MigrationError, Tls, connect
+from hypervisor.outcome import Stop
+
+pytestmark = pytest.mark.kvm
+
+TIMEOUT = 120
+DIRTIER = {"kernel": "dirtier", "ram_mib": 96}
+"""Writes to 24 MiB in steps of a millisecond or so, and checks every page at its end."""
+
+
+def config(settings):
+    return MachineConfig(**({"ram_mib": 8, "debug_exit": "raw"} | settings))
+
+
+def dirtier(milliseconds, pages=5):
+    ticks = 2_000_000
+    return DIRTIER | {"append": f"{milliseconds} {pages} {ticks} 24"}
+
+
+class Target:
+    """A target in this process: takes one machine and runs it to its end."""
+
+    def __init__(self, path, address=None, tls=None):
+        self.listener = Listener(address or f"unix:{path}", tls=tls)
+        self.outcome = self.error = None
+        self.output = b""
+        self.thread = threading.Thread(target=self._main)
+        self.thread.start()
+
+    def _main(self):
+        try:
+            with receive(self.listener.accept(TIMEOUT)) as machine:
+                self.outcome = machine.run(TIMEOUT)
+                self.output = machine.console.output
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+    def end(self):
+        self.thread.join(TIMEOUT)
+        self.listener.close()
+        return self
+
+
+@pytest.mark.parametrize("name", ["checksum", "four", "pit"])
+def test_a_moved_guest_goes_on_as_if_nothing_had_been(tmp_path, name):
+    work = {
+        "checksum": {"kernel": "checksum", "append": "20000000"},
+        "four": {"kernel": "late-ap", "cpus": 4},
+        "pit": {"kernel": "timer"},
+    }
+    settings = work[name]
+    with Machine(config(settings)) as machine:
+        status, whole = machine.run(TIMEOUT).status, machine.console.output
+    target = Target(tmp_path / "socket")
+    with Machine(config(settings)) as machine:
+        machine.pause()
+        machine.start()
+        time.sleep(0.01)
+        machine.resume()
+        result = migrate(machine, f"unix:{tmp_path}/socket")
+        assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
+        first = machine.console.output
+    target.end()
+    assert target.error is None
+    assert (target.outcome.status, first + target.output) == (status, whole)
+    assert result.sent > 4096
+    assert 0 < result.downtime <= result.seconds
+
+
+def test_a_guest_that_writes_all_the_while_loses_nothing(tmp_path):
+    target = Target(tmp_path / "socket")
+    with Machine(config(dirtier(1500))) as machine:
+        machine.start()
+        time.sleep(0.2)
+        result = migrate(machine, f"unix:{tmp_path}/socket")
+        assert machine.outcome.reason is Stop.MIGRATED
+    target.end()
+    assert target.error is None
+    assert (target.outcome.reason, target.outcome.status) == (Stop.GUEST_EXIT, 0)
+    assert result.rounds >= 2
+
+
+def test_a_paused_machine_arrives_paused(tmp_path):
+    listener = Listener(f"unix:{tmp_path}/socket")
+    arrived = []
+    thread = threading.Thread(target=lambda: arrived.append(receive(listener.accept(TIMEOUT))))
+    thread.start()
+    with Machine(config({"kernel": "checksum"})) as machine:
+        machine.start()
+        machine.pause()
+        mover = threading.Thread(target=lambda: migrate(machine, listener.address))
+        mover.start()
+        thread.join(TIMEOUT)
+        with arrived[0] as there:
+            there.start()
+            mover.join(TIMEOUT)
+            assert there.is_paused
+            before = there.vcpus[0].registers
+            time.sleep(0.02)
+            assert there.vcpus[0].registers == before
+            there.resume()
+            assert there.wait(TIMEOUT).status == 0
+    listener.close()
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def goes_on(machine):
+    """The guest is still here, and ends as it should."""
+    assert not machine.memory.is_tracked
+    assert machine.wait(TIMEOUT).status == 0
+
+
+def test_nobody_listens(tmp_path):
+    with Machine(config(dirtier(100))) as machine:
+        machine.start()
+        with pytest.raises(MigrationError, match="cannot connect"):
+            migrate(machine, f"unix:{tmp_path}/socket")
+        goes_on(machine)
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "tcp:host", "tcp:host:99999", "carrier-pigeon:x"])
+def test_what_is_no_address(address):
+    with Machine(config(dirtier(100))) as machine, pytest.raises(ConfigError, match="is no address"):
+        migrate(machine, address)
+
+
+def test_a_target_that_is_no_target(tmp_path):
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(f"{tmp_path}/socket")
+    server.listen()
+
+    def talk():
+        with server.accept()[0] as connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\nno such thing here")
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    with Machine(config(dirtier(100))) as machine:
+        machine.start()
+        with pytest.raises(MigrationError, match=r"does not speak this protocol|broke"):
+            migrate(machine, f"unix:{tmp_path}/socket")
+        thread.join()
+        goes_on(machine)
+    server.close()
+
+
+def test_given_up_by_the_user(tmp_path):
+    target = Target(tmp_path / "socket")
+    given_up = threading.Event()
+    with Machine(config(dirtier(300))) as machine:
+        machine.start()
+        with pytest.raises(MigrationError, match="cancelled"):
+            migrate(machine, f"unix:{tmp_path}/socket", progress=lambda _: given_up.set(), cancelled=given_up)
+        goes_on(machine)
+    assert isinstance(target.end().error, MigrationError)
+
+
+def test_a_guest_that_is_too_quick_for_the_downtime(tmp_path):
+    target = Target(tmp_path / "socket")
+    with Machine(config(dirtier(4000, pages=400))) as machine:
+        machine.start()
+        time.sleep(0.05)
+        with pytest.raises(MigrationError, match="faster than") as caught:
+            migrate(machine, f"unix:{tmp_path}/socket", downtime=0.0305, most_rounds=3)
+        assert "standing still" in caught.value.hint
+        machine.kill()
+    assert isinstance(target.end().error, MigrationError)
+
+
+def test_a_machine_that_ends_on_the_way(tmp_path):
+    target = Target(tmp_path / "socket")
+    with Machine(config(dirtier(100))) as machine:
+        machine.start()
+        with pytest.raises(MigrationError, match=r"ended|hung up") as caught:
+            migrate(machine, f"unix:{tmp_path}/socket", progress=lambda _: machine.kill())
+        assert caught.value.is_certain
+    assert target.end().error is not None
+
+
+@pytest.mark.parametrize("last", [Kind.HELLO, Kind.PAGES, Kind.STATE])
+def test_a_target_that_dies_before_it_is_let_go_has_nothing(tmp_path, last):
+    listener = Listener(f"unix:{tmp_path}/socket")
+
+    def die():
+        wire = listener.accept(TIMEOUT)
+        while True:
+            frame = wire.receive()
+            if frame.kind is last:
+                break
+            if frame.kind is Kind.HELLO:
+                wire.send(Kind.READY)
+            wire.read_into(memoryview(bytearray(frame.size)))
+        wire.close()
+
+    thread = threading.Thread(target=die)
+    thread.start()
+    with Machine(config(dirtier(200))) as machine:
+        machine.start()
+        with pytest.raises(MigrationError) as caught:
+            migrate(machine, listener.address)
+        assert caught.value.is_certain
+        goes_on(machine)
+    thread.join()
+    listener.close()
+
+
+@pytest.mark.parametrize("transport", ["unix", "tcp"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_target_that_is_gone_when_it_was_let_go(tmp_path, transport, silent):
+    """An end in order is certain. Silence is not, and the guest must not run twice."""
+    listener = Listener(f"unix:{tmp_path}/socket" if transport == "unix" else "tcp:127.0.0.1:0")
+    hold = threading.Event()
+
+    def vanish():
+        wire = listener.accept(TIMEOUT)
+        while (frame := wire.receive()).kind is not Kind.GO:
+            if frame.kind is Kind.HELLO:
+                wire.send(Kind.READY)
+            elif frame.kind is Kind.STATE:
+                wire.send(Kind.LOADED)
+            wire.read_into(memoryview(bytearray(frame.size)))
+        if silent:
+            hold.wait(60)
+        wire.close()
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    with Machine(config(dirtier(300))) as machine:
+        machine.start()
+        with pytest.raises(MigrationError) as caught:
+            migrate(machine, listener.address, seconds=2)
+        assert caught.value.is_certain is not silent
+        if silent:
+            assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
+            assert machine.outcome.status == 3
+        else:
+            goes_on(machine)
+        hold.set()
+    thread.join()
+    listener.close()
+
+
+PROGRAM = """
+import sys
+from hypervisor.migration.target import receive
+from hypervisor.migration.wire import Listener
+listener = Listener(sys.argv[1])
+print("ready", flush=True)
+with receive(listener.accept(60)) as machine:
+    machine.start()
+    print("mine", flush=True)
+    print("status", machine.wait(120).status, flush=True)
+"""
+
+
+def attempt(machine, address):
+    """Move a machine; return whether it moved, which must be certain."""
+    try:
+        migrate(machine, address)
+    except MigrationError as error:
+        if not error.is_certain:
+            raise
+        return False
+    return True
+
+
+def test_a_target_killed_at_a_random_moment_leaves_exactly_one_owner(tmp_path):
+    """Again and again: either it has said that it has the guest, or the guest goes on here."""
+    chance = random.Random(3)
+    here = there = 0
+    for number in range(12):
+        address = f"unix:{tmp_path}/socket{number}"
+        with subprocess.Popen([sys.executable, "-c", PROGRAM, address], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            killer = threading.Timer(chance.random() * 0.25, process.send_signal, [signal.SIGKILL])
+            with Machine(config(dirtier(400))) as machine:
+                machine.start()
+                killer.start()
+                moved = attempt(machine, address)
+                if not moved:
+                    assert b"mine" not in process.stdout.read()
+                    goes_on(machine)
+                    here += 1
+                else:
+                    assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
+                    there += 1
+            killer.cancel()
+            process.kill()
+    assert here, "it never died early enough"
+    print(f"{here} stayed, {there} moved")
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+def openssl(*arguments):
+    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
+
+
+def authority(folder, name):
+    """Make an authority and a certificate for 127.0.0.1 that it has signed."""
+    ca, key, request, signed = (folder / f"{name}.{end}" for end in ("ca", "key", "csr", "pem"))
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    openssl("req", "-x509", *curve, "-subj", f"/CN={name} authority", "-keyout", f"{ca}.key", "-out", ca)
+    openssl("req", *curve, "-subj", f"/CN={name}", "-keyout", key, "-out", request)
+    extension = folder / "san"
+    extension.write_text("subjectAltName=IP:127.0.0.1\n")
+    openssl("x509", "-req", "-in", request, "-CA", ca, "-CAkey", f"{ca}.key", "-out", signed, "-extfile", extension)
+    return Tls(str(ca), str(signed), str(key))
+
+
+def test_over_tls_with_certificates_of_one_authority_only(tmp_path):
+    ours, others = authority(tmp_path, "ours"), authority(tmp_path, "others")
+    with Machine(config(dirtier(600))) as machine:
+        machine.start()
+        for tls in (others, None):
+            target = Target(tmp_path, address="tcp:127.0.0.1:0", tls=ours)
+            with pytest.raises(MigrationError):
+                migrate(machine, target.listener.address, tls=tls)
+            assert isinstance(target.end().error, MigrationError)
+        target = Target(tmp_path, address="tcp:127.0.0.1:0", tls=ours)
+        migrate(machine, target.listener.address, tls=ours)
+    assert target.end().error is None
+    assert target.outcome.status == 0
+
+
+def test_a_certificate_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="there is no file"):
+        Listener("tcp:127.0.0.1:0", tls=Tls("a", "b", "c"))
+
+
+# --- an enemy at the other end ----------------------------------------------------------------------------------------
+
+
+def hello(**changes):
+    with Machine(config(dirtier(1))) as machine:
+        return {"version": 1, "program": "x", **machine.describe()} | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 2},
+        {"config": {}},
+        {"config": {"kernel": "x", "ram_mib": -1}},
+        {"config": {"kernel": "x", "bogus": 1}},
+        {"config": 7},
+        {"cpuid": [[1]]},
+        {"cpuid": None},
+        {"booted": {}},
+    ],
+)
+def test_a_greeting_that_describes_no_machine_is_refused(tmp_path, changes):
+    target = Target(tmp_path / "socket")
+    wire = connect(f"unix:{tmp_path}/socket")
+    wire.send(Kind.HELLO, hello(**changes))
+    assert wire.receive().kind is Kind.REFUSED
+    wire.close()
+    target.end()
+    assert getattr(target.error, "status", None) is not None
+
+
+@pytest.mark.parametrize(
+    ("runs", "size"),
+    [
+        ([[0, 1]], 8192),
+        ([[0, 1 << 40]], 4096),
+        ([[24576, 1]], 4096),
+        ([[-1, 1]], 4096),
+        ([[0]], 4096),
+        ("x", 4096),
+        ([["0", 1]], 4096),
+        ([[0, 1.5]], 4096),
+    ],
+)
+def test_pages_that_belong_nowhere_are_refused(tmp_path, runs, size):
+    target = Target(tmp_path / "socket")
+    wire = connect(f"unix:{tmp_path}/socket")
+    wire.send(Kind.HELLO, hello())
+    assert wire.receive().kind is Kind.READY
+    wire.send(Kind.PAGES, {"runs": runs}, [memoryview(bytes(size))])
+    assert wire.receive().kind is Kind.REFUSED
+    wire.close()
+    target.end()
+    assert isinstance(target.error, MigrationError)
+
+
+def test_noise_is_refused(tmp_path):
+    for seed in range(20):
+        target = Target(tmp_path / f"socket{seed}")
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(f"{tmp_path}/socket{seed}")
+            connection.sendall(random.Random(seed).randbytes(200))
+        target.end()
+        assert isinstance(target.error, MigrationError)
+    assert os.listdir(tmp_path) == []
