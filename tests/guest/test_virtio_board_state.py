@@ -1,6 +1,7 @@
 """All virtio devices of a machine, set up from the host's side as a driver would, and what KVM is told of them."""
 
 import os
+import threading
 
 import pytest
 from test_virtio_state_guests import FIRST_ENTRY, is_requested, on_loop
@@ -182,6 +183,9 @@ def test_devices_that_were_never_touched_go_back_to_that(new):
     assert set(calls) == {"disconnect_irqfd", "connect_doorbell"}
     assert board.state() == state
     assert not any(device.is_active for device in board.board.devices.values())
+    kicks = {fd for runner in board.board._runners for fd in runner.kick_fds}
+    assert not kicks & set(board.machine.loop._readers), "a kick that nobody takes would keep the loop awake"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hv-blk0")]
     board.start_all()
 
 

@@ -213,12 +213,23 @@ def test_the_loop_pauses_without_being_told(loop):
     device.wait_for(5)
     with lock:
         runner.pause()
+    runner.kick(0)
+    for _ in range(2):
+        passed = threading.Event()
+        loop.call_soon(passed.set)
+        assert passed.wait(SECONDS)
+    assert len(device.served) == 5, "the loop has seen the kick, and serves nothing"
+    with lock:
+        runner.start()
+    device.wait_for(7)
+    with lock:
+        runner.pause()
         runner.stop()
     runner.kick(0)
     done = threading.Event()
     loop.call_soon(done.set)
     assert done.wait(SECONDS)
-    assert len(device.served) == 5
+    assert len(device.served) == 7
     runner.close()
 
 
