@@ -10,7 +10,7 @@ from random import Random
 from struct import pack
 
 from fakes import FakeAlarm, FakeClock
-from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, Driver, DriverQueue, FakeRam
+from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, HIGH_BASE, Driver, DriverQueue, FakeRam
 
 from devices.events import EventLog
 from devices.virtio.balloon import Balloon
@@ -172,7 +172,9 @@ class World:
         """Go on from there, whatever this world has been doing."""
         driver = self.driver
         driver.runner.stop()
-        self.ram.low[:], self.ram.high[:] = frozen["ram"]
+        low, high = frozen["ram"]
+        self.ram.write(0, low)
+        self.ram.write(HIGH_BASE, high)
         self.host.clear()
         self.host.update(copy.deepcopy(frozen["host"]))
         before = [signal.count for signal in self.signals()]
@@ -401,7 +403,7 @@ class Memory(World):
         return Balloon("balloon0", self.ram, reclaim=self.reclaim, log=EventLog())
 
     def reclaim(self, gpa, size):
-        self.ram.view(gpa, size)[:] = bytes(size)
+        self.ram.write(gpa, bytes(size))
 
     def request(self, chance):
         kind = chance.random()

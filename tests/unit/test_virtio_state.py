@@ -55,7 +55,7 @@ def test_the_state_of_a_loaded_device_is_what_was_loaded(kind, seed):
     state = deepcopy(frozen["state"])
     other = WORLDS[kind](seed).run(ELSEWHERE, ELSEWHERE + seed)
     other.driver.runner.stop()
-    other.ram.low[:] = frozen["ram"][0]
+    other.ram.write(0, frozen["ram"][0])
     other.driver.transport.load(frozen["state"])
     assert other.driver.transport.state() == state
     assert frozen["state"] == state
@@ -148,7 +148,7 @@ def test_what_is_no_state_is_refused(kind):
                 else:
                     holder[key] = value
                 world = WORLDS[kind](seed)
-                world.ram.low[:] = frozen["ram"][0]
+                world.ram.write(0, frozen["ram"][0])
                 with pytest.raises((KeyError, TypeError, ValueError)):
                     world.driver.transport.load(state)
                 world.driver.runner.start()
@@ -191,7 +191,7 @@ def test_no_queue_can_be_like_that(change):
     other, used = WORLDS["Disk"](1), WORLDS["Disk"](1)
     used.driver.start()
     for world in (other, used):
-        world.ram.low[:] = frozen["ram"][0]
+        world.ram.write(0, frozen["ram"][0])
         with pytest.raises(ValueError, match=r".+"):
             world.driver.transport.load(frozen["state"])
         assert not world.device.is_active

@@ -113,7 +113,7 @@ def test_going_back_closes_what_the_host_opened_since(guest):
     ram = bytes(guest.driver.ram.low)
     end = guest.connect()
     guest.driver.runner.stop()
-    guest.driver.ram.low[:] = ram
+    guest.driver.ram.write(0, ram)
     guest.driver.transport.load(state)
     assert end.closed
     guest.driver.queues[RX].idx = guest.driver.queues[RX].seen = 0  # as the driver was
