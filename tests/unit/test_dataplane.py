@@ -103,10 +103,10 @@ def driver_of(device, ram, features):
 class Disk:
     """A disk over a file, its driver, and its path."""
 
-    def __init__(self, folder, *, features=F_EVENT_IDX | F_INDIRECT | 1 << 9, size=SECTORS * SECTOR):
+    def __init__(self, folder, *, features=F_EVENT_IDX | F_INDIRECT | 1 << 9, size=SECTORS * SECTOR, ram_bytes=LOW):
         self.file = folder / "disk"
         self.file.write_bytes(b"".join(bytes([number & 255]) * SECTOR for number in range(size // SECTOR)))
-        self.ram = Ram()
+        self.ram = Ram(ram_bytes)
         self.image = RawImage(str(self.file))
         device = Block("blk0", self.ram, self.image, log=EventLog())
         self.driver = driver_of(device, self.ram, features)

@@ -260,6 +260,19 @@ def test_what_it_tells_the_driver_before_the_model_takes_over_is_noted(tmp_path)
         disk.close()
 
 
+def test_what_a_model_writes_and_never_gives_back_is_noted(tmp_path):
+    """It was noted when the chain was handed out: a model may find fault with a request half-way."""
+    disk = Disk(tmp_path)
+    try:
+        _, target = disk.request(IN, 0, room=3 * PAGE, cuts=(3 * PAGE,))
+        watched = Watched(disk.ram)
+        disk.driver.device.queues[0].pop().scatter(b"x" * 2 * PAGE)
+        assert watched.check((target, 3 * PAGE + 1)) >= {target // PAGE, target // PAGE + 1}
+        watched.close()
+    finally:
+        disk.close()
+
+
 def test_large_reads_on_their_way_are_noted_when_they_are_done(tmp_path):
     disk = Disk(tmp_path, size=2 * LARGE)
     try:
@@ -394,7 +407,7 @@ def test_a_copy_that_follows_a_busy_disk_never_misses_a_page(tmp_path):
     thread = threading.Thread(target=disk.path.run)
     thread.start()
     try:
-        for _ in range(150):
+        for _ in range(60):
             for _ in range(chance.randrange(1, 4)):
                 sectors = chance.randrange(1, 400)
                 room = sectors * SECTOR
@@ -416,6 +429,33 @@ def test_a_copy_that_follows_a_busy_disk_never_misses_a_page(tmp_path):
                     break
                 threading.Event().wait(0.001)
             assert differing(copy, bytes(disk.ram.map)) == set()
+    finally:
+        disk.path.stop()
+        thread.join()
+        dirty.close()
+        disk.close()
+
+
+def test_what_is_collected_in_the_middle_of_a_read_is_noted_again(tmp_path):
+    """One that takes so long that it is copied several times meanwhile."""
+    size, target = 16 << 20, 8 << 20
+    disk = Disk(tmp_path, size=size, ram_bytes=32 << 20)
+    disk.file.write_bytes(random.Random(4).randbytes(size))
+    dirty = Dirty(NoLog(), disk.ram.marks)
+    thread = threading.Thread(target=disk.path.run)
+    ours = disk.driver.queues[0]
+    header = disk.driver.buffer(pack("<IIQ", IN, 0, 0))
+    try:
+        ours.offer(ours.chain([(header, 16, False), (target, size, True), (target + size, 1, True)]))
+        ours.publish()
+        copy = bytearray(disk.ram.map)
+        thread.start()
+        follow(disk.ram, dirty, copy, lambda: ours.collect() != [])
+        disk.path.stop()
+        thread.join()
+        follow(disk.ram, dirty, copy, lambda: True)
+        assert differing(copy, bytes(disk.ram.map)) == set()
+        assert disk.ram.map[target : target + size] == disk.file.read_bytes()
     finally:
         disk.path.stop()
         thread.join()
