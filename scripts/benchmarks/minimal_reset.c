@@ -5,8 +5,8 @@
  *
  * GUEST is an ELF32 file, entered as multiboot says, without any information. At its first write to port CHECKPOINT the moment
  * is taken; at each write to port DONE, which must be of the value 1, the machine is set back. Has KVM's interrupt controllers
- * and PIT, and sets the same state as hv does. Prints the nanoseconds that RESETS rounds took, the pages that were copied, and the
- * nanoseconds in: the guest, the log, the copying, the state.
+ * and PIT, and sets the same state as hv does. Prints the pages that were copied, and the medians of the nanoseconds of a
+ * reset: the whole, the guest, the log and the copying, the state.
  */
 #include <elf.h>
 #include <err.h>
@@ -33,10 +33,10 @@
 #define MSR_TSC_DEADLINE 0x6e0
 #define CONTROL(fd, request, argument) control(fd, request, argument, #request)
 
-enum { GUEST, LOG, COPY, STATE, PARTS };
+enum { WHOLE, GUEST, MEMORY, STATE, PARTS };
 
 static uint8_t *ram, *base;
-static uint64_t ram_size, spent[PARTS];
+static uint64_t ram_size, *spent[PARTS];
 static int kvm, vm, vcpu;
 static struct kvm_run *run;
 static uint64_t *bitmap;
@@ -279,6 +279,18 @@ static uint64_t copy_back(void)
     return copied;
 }
 
+static int compare(const void *one, const void *other)
+{
+    uint64_t a = *(const uint64_t *)one, b = *(const uint64_t *)other;
+    return a < b ? -1 : a > b;
+}
+
+static uint64_t median(uint64_t *values, unsigned long count)
+{
+    qsort(values, count, sizeof *values, compare);
+    return values[count / 2];
+}
+
 int main(int count, char **arguments)
 {
     if (count != 6)
@@ -296,28 +308,31 @@ int main(int count, char **arguments)
     save_state();
     log_dirty();
     memcpy(base, ram, ram_size);
-    uint64_t copied = 0, began = 0, at[PARTS + 1];
+    for (int part = 0; part < PARTS; part++)
+        spent[part] = calloc(resets, sizeof *spent[part]);
+    uint64_t copied = 0, back = 0;
     for (unsigned long i = 0; i <= resets; i++) { /* the first one warms up */
-        at[GUEST] = now();
         if (!i)
             fetch_log();
-        else if (i == 1)
-            began = at[GUEST];
         run_until(done, 1);
-        at[LOG] = now();
+        uint64_t out = now();
         fetch_log();
-        at[COPY] = now();
         uint64_t pages = copy_back();
-        at[STATE] = now();
+        uint64_t copied_at = now();
         load_state();
-        at[PARTS] = now();
-        for (int part = 0; i && part < PARTS; part++)
-            spent[part] += at[part + 1] - at[part];
-        copied += i ? pages : 0;
+        uint64_t end = now();
+        if (i) {
+            spent[WHOLE][i - 1] = end - back;
+            spent[GUEST][i - 1] = out - back;
+            spent[MEMORY][i - 1] = copied_at - out;
+            spent[STATE][i - 1] = end - copied_at;
+            copied += pages;
+        }
+        back = end;
     }
-    printf("%llu %llu", (unsigned long long)(at[PARTS] - began), (unsigned long long)copied);
+    printf("%llu", (unsigned long long)copied);
     for (int part = 0; part < PARTS; part++)
-        printf(" %llu", (unsigned long long)spent[part]);
+        printf(" %llu", (unsigned long long)median(spent[part], resets));
     printf("\n");
     return 0;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from statistics import median
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from benchmarks.table import CannotRunError, Row, Sample
@@ -28,7 +29,10 @@ TIMEOUT: Final = 120.0
 
 
 class Resets(NamedTuple):
-    """What a round of resets took, in microseconds each: all together, and the parts of it."""
+    """What a reset took in a round, in microseconds: medians of the whole and of its parts.
+
+    Medians, because on a busy machine some are interrupted for longer than they take.
+    """
 
     whole: float
     guest: float
@@ -48,8 +52,7 @@ class Points:
         self._left = 0
         self._since = 0
         self.rewind: Rewind | None = None
-        self.spent = [0, 0, 0]  # nanoseconds: the guest, with the way out of it and in again; pages; KVM's state
-        self.began = self.ended = 0
+        self.spent: list[list[int]] = [[], [], []]  # ns: the guest, with the way out and in again; pages; KVM's state
         self.trouble = ""
 
     def read(self, offset: int, size: int) -> int:  # noqa: ARG002 - the Device protocol's signature
@@ -78,14 +81,13 @@ class Points:
         self.rewind = Rewind(vm, self._machine.memory.marks, msrs, devices=hooks)
 
     def _arrive(self) -> None:
-        now = time.perf_counter_ns()
         if self._since:
-            self.spent[0] += now - self._since
-        self._since = now
+            self._note(0)
+        self._since = time.perf_counter_ns()
 
     def _note(self, part: int) -> None:
         now = time.perf_counter_ns()
-        self.spent[part] += now - self._since
+        self.spent[part].append(now - self._since)
         self._since = now
 
     def _reset(self) -> None:
@@ -103,11 +105,7 @@ class Points:
 
     def _count(self) -> None:
         self._left -= 1
-        if not self.began:
-            self.began = time.perf_counter_ns()
-            self.spent[:] = 0, 0, 0
-        elif not self._left:
-            self.ended = time.perf_counter_ns()
+        if not self._left:
             self._machine.kill() if self._apart else self._vcpu.request_end()
             self._is_there.release()
 
@@ -134,26 +132,27 @@ def ours(resets: int, *, apart: bool) -> Resets:
             raise CannotRunError(points.trouble)
         if points.rewind is not None:
             points.rewind.close()
-    whole, *parts = (ns / resets / 1e3 for ns in (points.ended - points.began, *points.spent))
-    return Resets(whole, *parts)
+    guest, pages, state = points.spent
+    rows = list(zip(guest, pages[1:], state[1:], strict=True))  # the first reset warms up, and has no way before it
+    return Resets(*(median(part) / 1e3 for part in ([sum(row) for row in rows], *zip(*rows, strict=True))))
 
 
 def theirs(program: Path, guest: Path, resets: int) -> Resets:
     """Run the guest under the C program."""
     words = [program, guest, str(RAM_MIB), hex(CHECKPOINT), hex(CHECKPOINT + 1), str(resets)]
-    whole, copied, guest_ns, log, copy, state = map(int, output_of(words).split())
+    copied, *parts = map(int, output_of(words).split())
     if copied < PAGES * resets:
         raise CannotRunError(f"the C program copied {copied} pages in {resets} resets")
-    return Resets(*(ns / resets / 1e3 for ns in (whole, guest_ns, log + copy, state)))
+    return Resets(*(ns / 1e3 for ns in parts))
 
 
 def measure(settings: Settings, name: str) -> list[Row]:
     """Set machines back, by both sides in turn in every round."""
     program = compiled("minimal_reset.c")
     guest = kernels.ensure(GUEST)
-    resets = settings.pick(1000, 100)
+    resets = settings.pick(300, 100)
     here, apart, c = [], [], []
-    for _ in range(settings.pick(20, 3)):
+    for _ in range(settings.pick(30, 3)):
         c.append(theirs(program, guest, resets))
         here.append(ours(resets, apart=False))
         apart.append(ours(resets, apart=True))
