@@ -251,7 +251,8 @@ class VirtioBoard:
             else:
                 locked.unwatch(backend.fileno())
 
-        device.on_watch = watch
+        if backend.fileno() >= 0:  # a cable that leads nowhere brings nothing
+            device.on_watch = watch
         self._serve_in_loop(device, lock)
 
     def _add_rng(self, rng: RngConfig) -> None:
