@@ -69,11 +69,13 @@ class PortConfig(NamedTuple):
         name: what the guest finds it by, in /dev/virtio-ports; "" is the console itself, /dev/hvc0.
         socket: a unix socket to listen on.
         file: a file that takes the guest's output.
+        inner: the program that has the machine is the other end (`devices.backends.ports_host.InnerPort`).
     """
 
     name: str = ""
     socket: str | None = None
     file: str | None = None
+    inner: bool = False
 
 
 class VsockConfig(NamedTuple):
@@ -253,7 +255,7 @@ def _check_net(net: NetConfig, option: str) -> None:
 
 
 def _check_port(port: PortConfig, option: str) -> None:
-    if (port.socket is None) == (port.file is None):
+    if [port.socket is not None, port.file is not None, port.inner].count(True) != 1:
         raise ConfigError(f"{option}: where does it lead?", hint="socket=PATH or file=PATH")
 
 

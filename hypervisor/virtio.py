@@ -271,17 +271,19 @@ class VirtioBoard:
         self._serve_in_loop(device, lock)
 
     def _add_console(self, ports: Sequence[PortConfig]) -> None:
-        from devices.backends.ports_host import FilePort, SocketPort
+        from devices.backends.ports_host import FilePort, InnerPort, SocketPort
         from devices.virtio.console import Console
 
         lock = self._lock()
         locked = LockedLoop(self._loop, lock)
-        hosts: list[FilePort | SocketPort] = []
+        hosts: list[FilePort | InnerPort | SocketPort] = []
         for port in sorted(ports, key=lambda port: port.name != ""):  # the console is port 0
             if port.socket is not None:
                 hosts.append(SocketPort(port.name, port.socket, locked))
             elif port.file is not None:
                 hosts.append(FilePort(port.name, port.file))
+            else:
+                hosts.append(InnerPort(port.name, locked))
             self._closers.append(hosts[-1].close)
         self._serve_in_loop(Console("console0", self._memory, hosts, log=EventLog(device="console0")), lock)
 

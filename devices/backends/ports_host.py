@@ -1,4 +1,4 @@
-"""The host's ends of console ports: a unix socket that one program at a time connects to, or a file."""
+"""The host's ends of console ports: a unix socket that one program at a time connects to, a file, or this program."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from devices.backends.errors import BackendError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FilePort", "Loop", "SocketPort", "listen"]
+__all__ = ["FilePort", "InnerPort", "Loop", "SocketPort", "listen"]
 
 CHUNK: Final = 4096
+OFFER: Final = 64 << 10
 PATH_MAX: Final = 107
 """Bytes that a unix socket's path may have."""
 
@@ -34,6 +35,9 @@ class Loop(Protocol):
 
     def unwatch_writable(self, fd: int) -> None:
         """Stop that."""
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call back once, soon."""
 
 
 def listen(path: str) -> socket.socket:
@@ -125,6 +129,71 @@ class FilePort(_Port):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class InnerPort(_Port):
+    """The program that has the machine is the other end itself.
+
+    Attributes:
+        on_output: set by who uses it: takes what the guest sends, with the device's lock held. It bounds what it keeps,
+            since everything counts as taken.
+    """
+
+    def __init__(self, name: str, loop: Loop) -> None:
+        """Make an end that is always open."""
+        super().__init__(name)
+        self.is_open = True
+        self.on_output: Callable[[bytes], None] = lambda _: None
+        self._loop = loop
+        self._pending = bytearray()
+        self._pending_since = 0  # the number of drops before it was written
+        self._drops = 0
+
+    def write(self, data: bytes) -> None:
+        """Send to the guest, in the order of the calls, from any thread; what does not fit yet is kept."""
+        drops = self._drops
+        self._loop.call_soon(lambda: self._add(data, drops))
+
+    def drop(self) -> None:
+        """Forget what was written before this call and has not reached the guest yet."""
+        self._drops += 1
+
+    @property
+    def held(self) -> bytes:
+        """Nothing: what this program has to say to a machine that was put back to another moment, it says anew."""
+        return b""
+
+    @held.setter
+    def held(self, data: bytes) -> None:
+        """Forget what was meant for the machine as it was."""
+        del data
+        self.drop()
+
+    def _add(self, data: bytes, drops: int) -> None:
+        if drops == self._drops:
+            if self._pending_since != drops:
+                self._pending.clear()
+                self._pending_since = drops
+            self._pending += data
+            self.more()
+
+    def send(self, data: memoryview) -> int:
+        """Hand output on."""
+        self.on_output(bytes(data))
+        return len(data)
+
+    def more(self) -> None:
+        """Offer what was written."""
+        while self._pending and self._pending_since == self._drops:
+            part = bytes(self._pending[:OFFER])
+            taken = self.on_input(part)
+            del self._pending[:taken]
+            if taken < len(part):
+                break
+
+    def close(self) -> None:
+        """There is nothing to close."""
+        self.is_open = False
 
 
 class SocketPort(_Port):

@@ -54,6 +54,7 @@ def test_forwards():
     [
         (PortConfig, "socket=/s", PortConfig(socket="/s")),
         (PortConfig, "agent,file=/f", PortConfig("agent", file="/f")),
+        (PortConfig, "agent,inner", PortConfig("agent", inner=True)),
         (VsockConfig, "3,path=/v", VsockConfig(3, "/v")),
         (VsockConfig, {"cid": 4, "path": "/v"}, VsockConfig(4, "/v")),
         (BalloonConfig, "64", BalloonConfig(64)),
@@ -95,6 +96,8 @@ def test_others(kind, text, what):
         (NetConfig, "none,mac=rubbish", "mac|MAC"),
         (PortConfig, "agent", "where does it lead"),
         (PortConfig, "a,socket=s,file=f", "where does it lead"),
+        (PortConfig, "a,socket=s,inner", "where does it lead"),
+        (PortConfig, "a,inner=off", "where does it lead"),
         (VsockConfig, "2,path=p", "cid is 2"),
         (VsockConfig, "path=p", "cid is missing"),
         (VsockConfig, "3", "path is missing"),

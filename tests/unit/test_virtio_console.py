@@ -7,7 +7,7 @@ import pytest
 from virtio_driver import NEEDS_RESET, Driver, FakeRam
 
 from devices.backends.errors import BackendError
-from devices.backends.ports_host import FilePort, SocketPort
+from devices.backends.ports_host import FilePort, InnerPort, SocketPort
 from devices.events import EventLog
 from devices.virtio.console import Console
 
@@ -156,7 +156,10 @@ class Loop:
     """Remembers who is watched; a test calls back."""
 
     def __init__(self):
-        self.readers, self.writers = {}, {}
+        self.readers, self.writers, self.soon = {}, {}, []
+
+    def call_soon(self, callback):
+        self.soon.append(callback)
 
     def watch(self, fd, callback):
         self.readers[fd] = callback
@@ -171,6 +174,9 @@ class Loop:
         self.writers.pop(fd, None)
 
     def run(self):
+        due, self.soon = self.soon, []
+        for callback in due:
+            callback()
         for fd in [*self.readers]:
             if fd in self.readers:  # one callback may end another
                 self.readers[fd]()
@@ -292,3 +298,70 @@ def test_a_file_takes_output_at_its_end(tmp_path):
     assert path.read_text() == "before\nafter\n"
     with pytest.raises(BackendError):
         FilePort("x", str(tmp_path / "no" / "such"))
+
+
+@pytest.fixture
+def inner(loop):
+    port = InnerPort("agent", loop)
+    port.room, port.got = 1 << 20, b""
+
+    def take(data):
+        taken = min(len(data), port.room)
+        port.room -= taken
+        port.got += data[:taken]
+        return taken
+
+    port.on_input = take
+    return port
+
+
+def test_the_program_itself_is_the_other_end(inner, loop):
+    output = []
+    assert inner.is_open
+    assert inner.send(memoryview(b"lost")) == 4
+    inner.on_output = output.append
+    assert inner.send(memoryview(b"out")) == 3
+    assert output == [b"out"]
+    inner.write(b"in")
+    inner.write(b" order")
+    assert inner.got == b""  # the device is the loop's to touch
+    loop.run()
+    assert inner.got == b"in order"
+    inner.close()
+
+
+def test_what_the_guest_has_no_room_for_is_offered_again(inner, loop):
+    inner.room = 3
+    inner.write(b"abcdef")
+    loop.run()
+    assert inner.got == b"abc"
+    inner.more()
+    inner.room = 2
+    inner.more()
+    inner.room = 100
+    inner.more()
+    assert inner.got == b"abcdef"
+    inner.write(bytes(200000))
+    inner.room = 1 << 20
+    loop.run()
+    assert len(inner.got) == 200006
+
+
+def test_what_was_written_before_a_drop_never_arrives(inner, loop):
+    """When a guest is put back to an earlier moment, what was meant for it later is void."""
+    inner.room = 1
+    inner.write(b"old")
+    loop.run()
+    inner.write(b"older")
+    inner.drop()
+    inner.room = 100
+    inner.more()
+    inner.write(b"new")
+    loop.run()
+    assert inner.got == b"onew"
+    inner.write(b"before a load")
+    assert inner.held == b""
+    inner.held = b"of the snapshot"
+    inner.write(b"er")
+    loop.run()
+    assert inner.got == b"onewer"
