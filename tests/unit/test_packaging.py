@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hypervisor.testing import build
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,6 +40,7 @@ def test_the_wheel_holds_packages_binding_and_guests(wheel):
             assert f"hypervisor/guest_kernels/{source.name}" in names
     for part in ("page.html", "page.css", "page.js", "timeline.js", "heat.js", "flame.js", "table.js"):
         assert f"hypervisor/profile/report/{part}" in names
+    assert f"hypervisor/testing/agent/{build.name()}" in names
     for module in [*(ROOT / "hypervisor").rglob("*.py"), *(ROOT / "devices").rglob("*.py")]:
         assert module.relative_to(ROOT).as_posix() in names
 
