@@ -251,7 +251,7 @@ def test_set_back_at_random_moments_the_guest_ends_as_ever(name, capsys):
                 continue
             rewind.close()
             if name == "ipi" and not is_software_kvm():
-                continue  # an emulated AMD-V loses wake-ups: guests without a timer may sleep for good, undisturbed ones too
+                continue  # an emulated AMD-V loses wake-ups: there it may sleep for good, undisturbed as well
             printed = len(machine.console.output)
             machine.resume()
             status = machine.wait(TIMEOUT).status
