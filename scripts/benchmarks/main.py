@@ -31,6 +31,8 @@ BENCHMARKS: Final = {
     "profile": ("profile", "what recording exits costs, and what reading ten million of them does"),
     "profile-boot": ("profile", "Debian's kernel to /init in the emulated host, with every exit in a file (minutes)"),
     "reset": ("reset", "a running machine set back to a checkpoint"),
+    "restore": ("restore", "a machine that goes on from a snapshot, to its first access"),
+    "clones": ("restore", "a hundred machines at once from one snapshot: the memory that each takes"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }

@@ -1,12 +1,15 @@
 /* The least that a VMM can do to set a machine back: KVM_GET_DIRTY_LOG, memcpy, and the ioctls that set its KVM state, in one
  * thread. What hv's resets are measured against.
  *
- * usage: minimal-reset GUEST RAM-MIB CHECKPOINT DONE RESETS
+ * usage: minimal-reset GUEST RAM-MIB CHECKPOINT DONE RESETS [FILE]
  *
  * GUEST is an ELF32 file, entered as multiboot says, without any information. At its first write to port CHECKPOINT the moment
  * is taken; at each write to port DONE, which must be of the value 1, the machine is set back. Has KVM's interrupt controllers
  * and PIT, and sets the same state as hv does. Prints the pages that were copied, and the medians of the nanoseconds of a
  * reset: the whole, the guest, the log and the copying, the state.
+ *
+ * With FILE memory is written there instead, and RESETS times a new VM is made over a private mapping of it, its state set, and
+ * its guest run to port DONE. Prints the nanoseconds of each.
  */
 #include <elf.h>
 #include <err.h>
@@ -279,6 +282,31 @@ static uint64_t copy_back(void)
     return copied;
 }
 
+static void restore(const char *path, unsigned done, unsigned long rounds)
+{
+    int file = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (file < 0 || ftruncate(file, (off_t)ram_size) < 0)
+        err(3, "%s", path);
+    for (uint64_t at = 0; at < ram_size; at += PAGE)
+        if (memcmp(ram + at, base, PAGE) && pwrite(file, ram + at, PAGE, (off_t)at) != PAGE) /* base is all zeroes */
+            err(3, "%s", path);
+    for (unsigned long i = 0; i < rounds; i++) {
+        uint64_t begin = now();
+        ram = mmap(NULL, ram_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file, 0);
+        if (ram == MAP_FAILED)
+            err(3, "mmap");
+        make_vm();
+        load_state();
+        run_until(done, 1);
+        printf("%llu ", (unsigned long long)(now() - begin));
+        close(vcpu);
+        close(vm);
+        close(kvm);
+        munmap(ram, ram_size);
+    }
+    printf("\n");
+}
+
 static int compare(const void *one, const void *other)
 {
     uint64_t a = *(const uint64_t *)one, b = *(const uint64_t *)other;
@@ -293,8 +321,8 @@ static uint64_t median(uint64_t *values, unsigned long count)
 
 int main(int count, char **arguments)
 {
-    if (count != 6)
-        errx(2, "usage: minimal-reset GUEST RAM-MIB CHECKPOINT DONE RESETS");
+    if (count != 6 && count != 7)
+        errx(2, "usage: minimal-reset GUEST RAM-MIB CHECKPOINT DONE RESETS [FILE]");
     ram_size = strtoull(arguments[2], NULL, 0) << 20;
     unsigned checkpoint = (unsigned)strtoul(arguments[3], NULL, 0), done = (unsigned)strtoul(arguments[4], NULL, 0);
     unsigned long resets = strtoul(arguments[5], NULL, 0);
@@ -306,6 +334,10 @@ int main(int count, char **arguments)
     enter_protected_mode(entry);
     run_until(checkpoint, -1);
     save_state();
+    if (count == 7) {
+        restore(arguments[6], done, resets);
+        return 0;
+    }
     log_dirty();
     memcpy(base, ram, ram_size);
     for (int part = 0; part < PARTS; part++)
