@@ -139,25 +139,33 @@ class Machine:
         if config.irqchip == "kernel":  # after the memory: KVM would wait for an RCU grace period the other way round
             vm.create_irqchip()
             vm.create_pit()
-        supported = kvm.supported_cpuid()
-        has_lapic = config.irqchip == "kernel"
-        spec = config.cpu if has_lapic else f"{config.cpu},-x2apic"
+        tables = None if self._origin is not None else self._cpuid_tables(kvm)
         self.vcpus: list[Vcpu] = []
         for index in range(config.cpus):
             handle = vm.create_vcpu(index)
-            table = cpuid.build(
-                supported,
-                vcpu=index,
-                cpus=config.cpus,
-                spec=spec,
-                software_kvm=self._software_kvm,
-                tsc_deadline=has_lapic,
-            )
-            handle.set_cpuid(table)
-            reset_vcpu(handle, has_lapic=has_lapic)
+            if tables is not None:  # else `load` sets everything
+                handle.set_cpuid(tables[index])
+                reset_vcpu(handle, has_lapic=config.irqchip == "kernel")
             self.vcpus.append(Vcpu(handle, self.bus_pio, self.bus_mmio, self._end))
         if self.boot_plan.entry is not None:
             apply_entry(self.vcpus[0].handle, self.boot_plan.entry)
+
+    def _cpuid_tables(self, kvm: Kvm) -> list[list[cpuid.Entry]]:
+        """Return what the CPUID instruction answers on each vCPU."""
+        config = self.config
+        has_lapic = config.irqchip == "kernel"
+        supported = kvm.supported_cpuid()
+        return [
+            cpuid.build(
+                supported,
+                vcpu=index,
+                cpus=config.cpus,
+                spec=config.cpu if has_lapic else f"{config.cpu},-x2apic",
+                software_kvm=self._software_kvm,
+                tsc_deadline=has_lapic,
+            )
+            for index in range(config.cpus)
+        ]
 
     def _build_devices(self, stack: ExitStack) -> None:
         rings = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hypervisor import cpuid
@@ -81,7 +82,13 @@ class Host(NamedTuple):
 
 
 def this_host() -> Host:
-    """Ask this host; raises HostError without a usable KVM."""
+    """Ask this host, once but for its memory; raises HostError without a usable KVM."""
+    return _lasting()._replace(available=_available())
+
+
+@cache
+def _lasting() -> Host:
+    """Return what does not change while a process lives."""
     from hypervisor.kvm import Kvm
 
     with Kvm() as kvm:
@@ -91,7 +98,7 @@ def this_host() -> Host:
             capabilities={name: kvm.check_extension(number) for name, number in CAPABILITIES.items()},
             max_vcpus=kvm.max_vcpus(),
             page_size=os.sysconf("SC_PAGE_SIZE"),
-            available=_available(),
+            available=0,
         )
 
 

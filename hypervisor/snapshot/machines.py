@@ -103,9 +103,11 @@ def origin_of(snapshot: Snapshot, *, clone: bool, verify: bool) -> Origin:
     """
     from hypervisor.snapshot import fit
 
-    problems = fit.problems(snapshot)
-    if problems:
-        raise SnapshotError(f"{snapshot.path} does not run here: {'; '.join(one.text for one in problems)}")
+    if not snapshot.is_fit:
+        problems = fit.problems(snapshot)
+        if problems:
+            raise SnapshotError(f"{snapshot.path} does not run here: {'; '.join(one.text for one in problems)}")
+        snapshot.is_fit = True
     if verify:
         snapshot.verify(memory=False)
     state = snapshot.state

@@ -46,6 +46,7 @@ class Snapshot:
         manifest: all that it says of itself, as it is stored.
         digest: the manifest's hash.
         memory: its memory file; chunks may be the parents'.
+        is_fit: whether somebody has found that it runs on this host.
     """
 
     def __init__(self, path: str, read: tuple[Manifest, str], memory: MemoryFile, stack: ExitStack) -> None:
@@ -57,6 +58,7 @@ class Snapshot:
         self._parent: Snapshot | None = None
         self._state: dict[str, Any] | None = None
         self._whole = -1
+        self.is_fit = False
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Snapshot:
