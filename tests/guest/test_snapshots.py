@@ -250,7 +250,7 @@ def test_a_disk_that_is_not_what_it_was(tmp_path, damage):
     with pytest.raises(VmmError) as caught:
         Machine.restore(tmp_path / "s")
     assert "\n" not in str(caught.value)
-    assert str(layer or path) in str(caught.value)
+    assert str(path if damage == "base" else layer) in str(caught.value)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------
