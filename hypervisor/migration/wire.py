@@ -241,9 +241,13 @@ class Listener:
         try:
             if family == socket.AF_UNIX:
                 self._socket = socket.socket(family)
-                self._socket.bind(where)
-                os.chmod(where, 0o600)
-                self._socket.listen(1)
+                try:
+                    self._socket.bind(where)
+                    os.chmod(where, 0o600)
+                    self._socket.listen(1)
+                except OSError:
+                    self._socket.close()
+                    raise
                 self.address = address
             else:
                 self._socket = socket.create_server(where, backlog=1)

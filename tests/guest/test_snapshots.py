@@ -20,7 +20,10 @@ from hypervisor.snapshot.store import Snapshot, Writer
 pytestmark = pytest.mark.kvm
 
 TIMEOUT = 120
-WORK = "20000" if is_software_kvm() else "3000000"
+IS_SOFTWARE = is_software_kvm()
+WORK = "20000" if IS_SOFTWARE else "3000000"
+ALTERED = 60 if IS_SOFTWARE else 12
+"""Values of a state that are replaced, for each kind of nonsense; an emulated host takes its time for each."""
 GUESTS = {
     "checksum": {"kernel": "checksum"},
     "deadline": {"kernel": "checksum", "append": "3000000 1"},
@@ -83,7 +86,7 @@ def test_saved_restored_and_saved_again_at_random_moments(tmp_path):
     """A chain of machines, each restored from the one before, full and differential, raw and compressed."""
     chance = random.Random(5)
     expected = alone(GUESTS["checksum"])
-    for run in range(4):
+    for run in range(4 if IS_SOFTWARE else 2):
         output, last, number = b"", None, 0
         while True:
             with Machine(config(GUESTS["checksum"])) if last is None else Machine.restore(last) as machine:
@@ -166,7 +169,7 @@ def test_many_clones_run_at_once(tmp_path):
 
 # --- disks and networks -----------------------------------------------------------------------------------------------
 
-TRANSACTIONS = 30
+TRANSACTIONS = 30 if IS_SOFTWARE else 10
 
 
 def journal(path, kind=""):
@@ -320,7 +323,7 @@ def test_a_state_that_nobody_saved_is_refused_or_runs_but_never_crashes(tmp_path
     paths = list(places(altered(tmp_path / "s")))
     shutil.copytree(tmp_path / "s", tmp_path / "t")
     refused = 0
-    for path in chance.sample(paths, min(60, len(paths))):
+    for path in chance.sample(paths, ALTERED):
         state = altered(tmp_path / "s")
         put(state, path, value)
         rewrite(tmp_path / "t", state)
