@@ -179,28 +179,17 @@ class Exits:
         """
         begin, after = self._find(first, 0)
         end, _ = self._find(last, after)
-        before = {(row.key, row.vcpu): row for row in begin.rows()} if begin else {}
-        rows = []
-        for row in end.rows() if end else self.rows:
-            earlier = before.get((row.key, row.vcpu))
-            if earlier is None:
-                rows.append(row)
-            elif row.count > earlier.count:
-                rows.append(
-                    replace(
-                        row,
-                        count=row.count - earlier.count,
-                        operations=row.operations - earlier.operations,
-                        handler=row.handler.since(earlier.handler),
-                        guest=row.guest.since(earlier.guest),
-                        symbols={
-                            name: count - earlier.symbols.get(name, 0)
-                            for name, count in row.symbols.items()
-                            if count > earlier.symbols.get(name, 0)
-                        },
-                    )
-                )
-        return Exits(rows)
+        return Exits(_difference(end.rows() if end else self.rows, begin.rows() if begin else ()))
+
+    def since(self, earlier: Exits) -> Exits:
+        """Return what came after `earlier`, an older value of the same machine's exits, with the marks made since."""
+        rows = earlier.rows
+
+        def later(mark: Mark) -> Mark:
+            return mark._replace(rows=lambda: _difference(mark.rows(), rows))
+
+        marks = [later(mark) for mark in self._marks[len(earlier.marks) :]]
+        return Exits(_difference(self.rows, rows), marks=marks)
 
     def _find(self, name: str | None, start: int) -> tuple[Mark | None, int]:
         if name is None:
@@ -272,3 +261,29 @@ class Exits:
             )
         rows.sort(key=lambda row: -row.count)
         return Exits(rows)
+
+
+def _difference(rows: Iterable[ExitRow], earlier: Iterable[ExitRow]) -> list[ExitRow]:
+    """Return rows of a machine without what older ones of the same machine have counted already."""
+    before = {(row.key, row.vcpu): row for row in earlier}
+    found = []
+    for row in rows:
+        old = before.get((row.key, row.vcpu))
+        if old is None:
+            found.append(row)
+        elif row.count > old.count:
+            found.append(
+                replace(
+                    row,
+                    count=row.count - old.count,
+                    operations=row.operations - old.operations,
+                    handler=row.handler.since(old.handler),
+                    guest=row.guest.since(old.guest),
+                    symbols={
+                        name: count - old.symbols.get(name, 0)
+                        for name, count in row.symbols.items()
+                        if count > old.symbols.get(name, 0)
+                    },
+                )
+            )
+    return found

@@ -150,6 +150,17 @@ def test_filters_and_phases_go_in_any_order():
     assert phases().reason("hlt").between("b", "a").count == 5
 
 
+def test_what_came_after_an_older_value_with_the_marks_made_since():
+    earlier = Exits(at(3, 2, 0), marks=phases()._marks[:2])
+    later = phases().since(earlier)
+    assert (later.pio().vcpu(0).count, later.pio().vcpu(1).count, later.reason("hlt").count) == (7, 2, 6)
+    assert later.marks == ("a", "c")
+    assert later.between("a", "c").count == 1 + 2
+    assert later.between(None, "a").reason("hlt").count == 5
+    assert later.latency.total == later.count * 50
+    assert phases().since(phases()).count == 0
+
+
 def test_marks_that_are_not_there():
     with pytest.raises(KeyError, match=r"no mark 'z'; there are: a, b, c"):
         phases().between("z")
