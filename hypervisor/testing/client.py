@@ -97,6 +97,15 @@ class Agent:
         self._session.greet(keep=keep, why="the guest was put back to another moment, without the command")
         self.ready(timeout)
 
+    def abort(self, why: str) -> None:
+        """Have every call that waits for the guest, in whatever thread, fail with an AgentError that says why."""
+        self._session.abort(why)
+
+    @property
+    def received(self) -> int:
+        """Bytes that have come from the guest."""
+        return self._session.received
+
     # --- commands -----------------------------------------------------------------------------------------------------
 
     def popen(

@@ -74,6 +74,7 @@ class Session:
 
     def __init__(self, line: Transport) -> None:
         """Speak on `line`; nothing is sent yet."""
+        self.received = 0
         self.changed = threading.Condition()
         self.welcome: Welcome | None = None
         self._line = line
@@ -147,6 +148,11 @@ class Session:
             running.error = error
         self._running.clear()
         self.changed.notify_all()
+
+    def abort(self, why: str) -> None:
+        """End the conversation from this side: who waits for the guest learns why. The next HELLO begins another."""
+        with self.changed:
+            self._fail(AgentError(why))
 
     def _line_ended(self) -> None:
         with self.changed:
@@ -258,6 +264,7 @@ class Session:
     def _take(self, data: bytes) -> None:
         """Take what the line brings; whatever it is, nothing is raised."""
         with self.changed:
+            self.received += len(data)
             if not self._greeted:
                 return
             try:

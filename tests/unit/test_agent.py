@@ -475,3 +475,15 @@ def test_nobody_answers():
     ours, theirs = socket.socketpair()
     with theirs, Agent(SocketLine(ours)) as agent, pytest.raises(AgentError, match=r"has not answered after 0.2 s"):
         agent.ready(0.2)
+
+
+def test_the_host_breaks_a_conversation_off_and_begins_another():
+    with connected() as agent:
+        agent.run("true")
+        before = agent.received
+        agent.run("echo some output")
+        assert agent.received >= before + len("some output")
+        threading.Timer(0.3, agent.abort, ["the guest has panicked"]).start()
+        with pytest.raises(AgentError, match="the guest has panicked"):
+            agent.run("sleep 60")
+        assert agent.run("echo again").stdout == "again\n"
