@@ -13,7 +13,7 @@ from hypervisor.errors import HostError, VmmError
 if TYPE_CHECKING:
     import argparse
 
-VERBS: Final = ("run", "check", "kernel", "initramfs", "profile", "snapshot", "migrate", "top")
+VERBS: Final = ("run", "test", "check", "kernel", "initramfs", "profile", "snapshot", "migrate", "top")
 FAULT: Final = 5
 DESCRIPTION: Final = "A virtual machine monitor on KVM: runs unmodified kernels, answers their exits in Python."
 EPILOG: Final = """\
@@ -145,7 +145,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         module.configure(sub)
         sub.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
+    # argparse would take what follows "--" for more of the verb's own words
+    end = arguments.index("--") if arguments[:1] == ["test"] and "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:end])
+    options.rest = arguments[end + 1 :]
     if options.version:
         from hypervisor import __version__
 

@@ -165,7 +165,7 @@ def load_settings(options: argparse.Namespace) -> tuple[MachineConfig, dict[str,
         source = options.config
         values = _read_toml(source)
     given = {name: value for name, value in vars(options).items() if value is not None}
-    for name in ("verb", "run", "version", "config"):
+    for name in ("verb", "run", "version", "config", "rest"):
         given.pop(name, None)
     if "ram" in given:
         given["ram_mib"] = parse_ram(given.pop("ram"))

@@ -22,7 +22,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypervisor.testing.client import Agent
     from hypervisor.testing.errors import AgentError, CommandError, CommandTimeout, GuestRefusal, OutputLimit
+    from hypervisor.testing.failures import GuestEnded, GuestFailed
+    from hypervisor.testing.faults import GuestDisk
+    from hypervisor.testing.guest import GuestMachine
     from hypervisor.testing.image import RDINIT, initramfs, port, program
+    from hypervisor.testing.network import GuestNetwork
     from hypervisor.testing.process import Completed, GuestProcess
 
 _WHERE = {
@@ -30,6 +34,11 @@ _WHERE = {
     "AgentError": "errors",
     "CommandError": "errors",
     "CommandTimeout": "errors",
+    "GuestDisk": "faults",
+    "GuestEnded": "failures",
+    "GuestFailed": "failures",
+    "GuestMachine": "guest",
+    "GuestNetwork": "network",
     "Completed": "process",
     "GuestProcess": "process",
     "GuestRefusal": "errors",
@@ -47,6 +56,11 @@ __all__ = [
     "CommandError",
     "CommandTimeout",
     "Completed",
+    "GuestDisk",
+    "GuestEnded",
+    "GuestFailed",
+    "GuestMachine",
+    "GuestNetwork",
     "GuestProcess",
     "GuestRefusal",
     "OutputLimit",
