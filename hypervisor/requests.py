@@ -101,6 +101,7 @@ class Requests:
             self._machine,
             address,
             downtime=float(request.get("downtime", 0.1)),
+            copy_disks=request.get("copy_disks") is True,
             tls=None if tls is None else Tls(*tls),
             progress=tell,
             cancelled=self._cancelled,

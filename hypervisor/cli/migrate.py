@@ -24,8 +24,13 @@ EPILOG: Final = """\
 examples:
   hv migrate receive unix:/tmp/move             in one terminal, which becomes the machine's console
   hv migrate send web unix:/tmp/move            in another; `hv top` lists the names of machines
+  hv migrate receive tcp:0.0.0.0:4444 --disk root.img        for `hv migrate send --copy-disks`
   hv migrate receive tcp:0.0.0.0:4444 --tls ca.pem,target.pem,target.key
   hv migrate send web tcp:host2:4444 --tls ca.pem,source.pem,source.key --downtime 50
+
+Disks: the target opens the same paths, on this host or on storage that both hosts have, once the source has let go
+of them. With --copy-disks their content is sent, while the guest goes on; the target makes raw files of it, in the
+order of its --disk options, or disk-blk0.raw and so on where it was started.
 
 TLS: both ends show a certificate that the same authority has signed; without --tls anybody who reaches the port can
 send a machine, or take one.
@@ -43,12 +48,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("machine", metavar="MACHINE", help="its name; `hv top` lists them")
     add("to", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
     add("--downtime", type=float, default=100, metavar="MS", help="how long the guest may stand still (default 100)")
+    add("--copy-disks", action="store_true", help="send the disks' content too: the target has no storage in common")
     add("--tls", metavar="CA,CERT,KEY", help="PEM files, for TCP")
     add("--json", action="store_true", help="print the result as a JSON object")
     receiver = actions.add_parser("receive", help="wait for a machine and run it here")
     add = receiver.add_argument
     add("at", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT; port 0 takes one that is free and says which")
     add("--tls", metavar="CA,CERT,KEY", help="PEM files, for TCP")
+    add("--disk", dest="disks", action="append", default=[], metavar="FILE", help="where a disk goes that is sent too")
     add("--name", metavar="NAME", help="what `hv top` calls the machine here")
     add("--console", metavar="WHERE", default="stdio", help="as of `hv run` (default stdio)")
     add("--wait", type=float, metavar="SECONDS", help="how long to wait for a source (default: for ever)")
@@ -78,7 +85,12 @@ def _send(options: argparse.Namespace) -> int:
     from hypervisor.cli.saving import wait_for
 
     tls = _tls(options.tls)
-    what: dict[str, Any] = {"do": "migrate", "to": _absolute(options.to), "downtime": options.downtime / 1e3}
+    what: dict[str, Any] = {
+        "do": "migrate",
+        "to": _absolute(options.to),
+        "downtime": options.downtime / 1e3,
+        "copy_disks": options.copy_disks,
+    }
     if tls is not None:
         what["tls"] = [os.path.abspath(path) for path in tls]
 
@@ -123,6 +135,6 @@ def _receive(options: argparse.Namespace) -> int:
             raise HostError(f"no source came in {options.wait:g} s") from None
         finally:
             listener.close()
-        return receive(wire)
+        return receive(wire, disks=options.disks)
 
     return serve(make, settings)

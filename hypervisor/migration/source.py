@@ -7,8 +7,9 @@ import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hypervisor import __version__
-from hypervisor.errors import ConfigError
+from hypervisor.errors import ConfigError, VmmError
 from hypervisor.kvm.dirty import PAGE, Dirty
+from hypervisor.migration.disks import SourceDisks
 from hypervisor.migration.wire import SECONDS, VERSION, Kind, MigrationError, connect
 from hypervisor.outcome import Outcome, Stop
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from hypervisor.machine import Machine
+    from hypervisor.migration.disks import Part
     from hypervisor.migration.wire import Frame, Tls, Wire
 
 __all__ = ["Progress", "Result", "migrate"]
@@ -66,6 +68,7 @@ def migrate(  # noqa: PLR0913 - what the user may say
     *,
     downtime: float = 0.1,
     most_rounds: int = MOST_ROUNDS,
+    copy_disks: bool = False,
     tls: Tls | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancelled: threading.Event | None = None,
@@ -73,11 +76,14 @@ def migrate(  # noqa: PLR0913 - what the user may say
 ) -> Result:
     """Move a running machine to the target that listens at `address`. Here it ends with Stop.MIGRATED.
 
+    Its disks are those that the target finds at the same paths: it opens them when they have been closed here.
+
     Args:
         machine: it runs, or is paused, and goes on so there.
         address: "unix:PATH" or "tcp:HOST:PORT".
         downtime: seconds that the guest may stand still: memory is sent again and again until the rest is that little.
         most_rounds: how often at most.
+        copy_disks: send the disks' content: the target has no storage in common with this end.
         tls: certificates, for TCP.
         progress: called now and then.
         cancelled: set it to give up; the guest goes on here.
@@ -95,13 +101,25 @@ def migrate(  # noqa: PLR0913 - what the user may say
         )
     wire = connect(address, tls=tls, seconds=seconds)
     try:
-        return _Source(machine, wire, downtime, most_rounds, progress, cancelled).run()
+        disks = SourceDisks(machine, copied=copy_disks)
+        return _Source(machine, wire, disks, downtime, most_rounds, progress, cancelled).run()
     except EOFError as error:
         raise MigrationError("the target hung up; the guest goes on here") from error
     except OSError as error:
+        _last_words(wire)
         raise MigrationError(f"the connection broke; the guest goes on here: {error.strerror or error}") from error
     finally:
         wire.close()
+
+
+def _last_words(wire: Wire) -> None:
+    """Raise why the target hung up while it was being sent something, if it has said so."""
+    try:
+        frame = wire.receive()
+    except (EOFError, OSError, MigrationError):
+        return
+    if frame.kind is Kind.REFUSED:
+        raise MigrationError(f"the target refuses: {frame.form.get('why')}", hint="the guest goes on here")
 
 
 class _Source:
@@ -109,6 +127,7 @@ class _Source:
         self,
         machine: Machine,
         wire: Wire,
+        disks: SourceDisks,
         downtime: float,
         most_rounds: int,
         progress: Callable[[Progress], None] | None,
@@ -116,6 +135,7 @@ class _Source:
     ) -> None:
         self._machine = machine
         self._wire = wire
+        self._disks = disks
         self._downtime = downtime
         self._most_rounds = most_rounds
         self._progress = progress
@@ -129,13 +149,17 @@ class _Source:
         self._greet()
         dirty = self._machine.log_changes()
         try:
+            self._disks.track()
+            self._send_parts(self._disks.contents())
             self._converge(dirty)
             return self._hand_over(dirty)
         finally:
             dirty.close()
+            self._disks.untrack()
 
     def _greet(self) -> None:
-        self._wire.send(Kind.HELLO, {"version": VERSION, "program": __version__, **self._machine.describe()})
+        form = {"version": VERSION, "program": __version__, **self._machine.describe()}
+        self._wire.send(Kind.HELLO, form | {"disks": self._disks.describe()})
         self._expect(Kind.READY)
 
     def _expect(self, kind: Kind) -> Frame:
@@ -146,10 +170,10 @@ class _Source:
             raise MigrationError(f"the target says {frame.kind.name} where {kind.name} is due; the guest goes on here")
         return frame
 
-    # --- memory -------------------------------------------------------------------------------------------------------
+    # --- content ------------------------------------------------------------------------------------------------------
 
     def _converge(self, dirty: Dirty) -> None:
-        """Send memory until what changes while it is sent is little enough to stop for."""
+        """Send memory, and what changes of disks, until what changes meanwhile is little enough to stop for."""
         pages = self._machine.memory.size // PAGE
         dirty.collect()  # from here on; everything is sent at first
         self._send_pages(self._used(pages), pages)
@@ -157,13 +181,15 @@ class _Source:
             self._round = number
             changed = dirty.collect()
             runs = list(changed.runs())
-            if changed.pages * PAGE / self._rate + OVERHEAD <= self._downtime:
+            left = changed.pages * PAGE + self._disks.changed
+            self._send_parts(self._disks.changes())
+            if left / self._rate + OVERHEAD <= self._downtime:
                 self._send_pages(runs, changed.pages)  # the stop comes next, and these need not wait for it
                 return
             self._send_pages(runs, changed.pages)
         raise MigrationError(
-            f"the guest changes memory faster than {self._rate / 1e6:.0f} MB/s carry it off: after {self._round} rounds"
-            f" {changed.pages * PAGE / 1e6:.1f} MB are left; it goes on here",
+            f"the guest changes memory and disks faster than {self._rate / 1e6:.0f} MB/s carry it off: after"
+            f" {self._round} rounds {left / 1e6:.1f} MB are left; it goes on here",
             hint=f"allow it more than {self._downtime * 1e3:.0f} ms of standing still",
         )
 
@@ -199,10 +225,20 @@ class _Source:
                     self._send_batch(batch, memory)
                     done += size
                     batch, size = [], 0
-                    self._tell(total - done)
+                    self._tell((total - done) * PAGE)
         if batch:
             self._send_batch(batch, memory)
         self._tell(0)
+
+    def _send_parts(self, parts: Iterable[Part]) -> None:
+        """Send parts of disks, and have the target make them durable, so that the last time it has little to do."""
+        names = set()
+        for name, offset, data in parts:
+            self._wire.send(Kind.DISK, {"disk": name, "offset": offset}, [data])
+            names.add(name)
+            self._tell(0)
+        for name in names:
+            self._wire.send(Kind.DISK, {"disk": name, "offset": None})
 
     def _send_batch(self, batch: list[tuple[int, int]], memory: Any) -> None:
         began = time.monotonic()
@@ -217,7 +253,7 @@ class _Source:
         if self._machine.outcome is not None:
             raise MigrationError("the guest has ended while it was being moved")
         if self._progress is not None:
-            self._progress(Progress(self._round, left * PAGE, self._wire.sent, self._rate))
+            self._progress(Progress(self._round, left, self._wire.sent, self._rate))
 
     # --- the last step ------------------------------------------------------------------------------------------------
 
@@ -225,27 +261,38 @@ class _Source:
         machine = self._machine
 
         def still() -> float:
+            self._send_parts(self._disks.changes())
             changed = dirty.collect()
             self._send_pages(changed.runs(), changed.pages)
             self._wire.send(Kind.STATE, {"state": machine.capture(), "paused": was_paused})
             self._expect(Kind.LOADED)
-            self._let_go()
+            self._give_away()
             return time.monotonic()
 
+        self._disks.flush()
         self._round += 1
         was_paused = machine.is_paused
         stopped = time.monotonic()
         taken = machine.stand_still(still)
         return Result(taken - self._began, taken - stopped, self._round + 1, self._wire.sent)
 
-    def _let_go(self) -> None:
+    def _give_away(self) -> None:
+        """Let go of disks and machine; takes both back if the target has certainly not taken over."""
+        try:
+            self._let_go(self._disks.release())
+        except (EOFError, OSError, VmmError) as error:
+            if getattr(error, "is_certain", True):
+                self._disks.take_back()
+            raise
+
+    def _let_go(self, disks: dict[str, Any]) -> None:
         """Give the machine away; it ends here unless it is certain that the target did not take over.
 
         A target that is gone without its word has not begun, if all that it ever sent has been read. That is so when
         the connection has ended in order, and at any end of a unix socket; over TCP a reset may have overtaken it.
         """
         try:
-            self._wire.send(Kind.GO)
+            self._wire.send(Kind.GO, {"disks": disks})
             self._expect(Kind.MINE)
         except EOFError:
             raise

@@ -9,12 +9,13 @@ from hypervisor.config import MachineConfig
 from hypervisor.errors import HostError, SnapshotError, VmmError
 from hypervisor.kvm.dirty import PAGE
 from hypervisor.machine import Machine
+from hypervisor.migration.disks import TargetDisks
 from hypervisor.migration.wire import VERSION, Kind, MigrationError
 from hypervisor.snapshot.fit import this_host
 from hypervisor.snapshot.origin import Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from hypervisor.migration.wire import Frame, Wire
 
@@ -23,7 +24,7 @@ __all__ = ["receive"]
 MOST_RUNS: Final = 1 << 16
 
 
-def receive(wire: Wire, *, changes: Mapping[str, Any] | None = None) -> Machine:
+def receive(wire: Wire, *, changes: Mapping[str, Any] | None = None, disks: Sequence[str] = ()) -> Machine:
     """Take a machine from the source at the other end of `wire`, and return it, ready to be started.
 
     The source has it still, its guest standing, until `Machine.start` takes it over; `close` leaves it to the source.
@@ -31,16 +32,18 @@ def receive(wire: Wire, *, changes: Mapping[str, Any] | None = None) -> Machine:
     Args:
         wire: the connection; it is closed when all is over.
         changes: values of its MachineConfig that are others here, such as paths.
+        disks: where disks go that are sent along, in order: files that are not there yet. One that is not named goes to
+            the working directory, as "disk-blk0.raw" and so on. They are removed if the machine does not come.
 
     Raises:
         MigrationError: it did not come; the source has it still, or has ended.
         VmmError: it cannot run here, which the source has been told.
     """
     try:
-        machine = _build(wire.receive(), dict(changes or {}))
+        machine, kept = _build(wire.receive(), dict(changes or {}), disks)
         try:
             wire.send(Kind.READY)
-            paused = _fill(wire, machine)
+            paused = _fill(wire, machine, kept)
             wire.send(Kind.LOADED)
         except BaseException:
             machine.close()
@@ -57,17 +60,27 @@ def receive(wire: Wire, *, changes: Mapping[str, Any] | None = None) -> Machine:
         wire.close()
         raise
     machine.at_close(wire.close)
-    machine.on_start = lambda: _take_over(wire, machine, paused=paused)
+    machine.on_start = lambda: _take_over(wire, machine, kept, paused=paused)
     return machine
 
 
-def _take_over(wire: Wire, machine: Machine, *, paused: bool) -> None:
-    """Wait until the source lets go, and say that the machine is ours: nobody starts it after this but us."""
+def _take_over(wire: Wire, machine: Machine, disks: TargetDisks, *, paused: bool) -> None:
+    """Wait until the source lets go, and say that the machine is ours: nobody starts it after this but us.
+
+    The disks come first: if one cannot be had, the source takes everything back.
+    """
     try:
         frame = wire.receive()
         if frame.kind is not Kind.GO:
             raise MigrationError(f"the source says {frame.kind.name} where GO is due: {frame.form.get('why', '')}")
+        try:
+            disks.take_over(frame.form.get("disks"), machine.images)
+        except VmmError as error:
+            disks.close()
+            _refuse(wire, error)
+            raise
         wire.send(Kind.MINE)
+        disks.keep()
     except (EOFError, OSError) as error:
         raise MigrationError("the source hung up before it let go of the machine") from error
     finally:
@@ -84,7 +97,7 @@ def _refuse(wire: Wire, error: VmmError) -> None:
         pass  # it is gone
 
 
-def _build(frame: Frame, changes: dict[str, Any]) -> Machine:
+def _build(frame: Frame, changes: dict[str, Any], files: Sequence[str]) -> tuple[Machine, TargetDisks]:
     form = frame.form
     if frame.kind is not Kind.HELLO or frame.size:
         raise MigrationError("the other end is no source of a migration")
@@ -100,20 +113,37 @@ def _build(frame: Frame, changes: dict[str, Any]) -> Machine:
     if lacks:
         names = ", ".join(name for lack in lacks for name in lack.names)
         raise HostError(f"this host's processor lacks what the guest was given: {names}")
-    return Machine(config, origin=origin)
+    disks = _take_disks(form, config, files, changed="disks" in changes)
+    try:
+        machine = Machine(config.replace(disks=disks.configs), origin=origin._replace(open_disk=disks.open))
+    except BaseException:
+        disks.close()
+        raise
+    machine.at_close(disks.close)
+    return machine, disks
 
 
-def _fill(wire: Wire, machine: Machine) -> bool:
-    """Take memory and state; return whether the machine was paused."""
+def _take_disks(form: dict[str, Any], config: MachineConfig, files: Sequence[str], *, changed: bool) -> TargetDisks:
+    try:
+        return TargetDisks(form["disks"], config, files, changed=changed)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MigrationError(f"the source does not describe its disks: {error}") from error
+
+
+def _fill(wire: Wire, machine: Machine, disks: TargetDisks) -> bool:
+    """Take memory, disks and state; return whether the machine was paused."""
     while True:
         frame = wire.receive()
         if frame.kind is Kind.PAGES:
             _take_pages(wire, machine, frame)
+        elif frame.kind is Kind.DISK:
+            disks.take(wire, frame)
         elif frame.kind is Kind.STATE and not frame.size:
             try:
                 machine.load(frame.form["state"])
             except KeyError as error:
                 raise SnapshotError(f"the source sent a state without {error}") from error
+            disks.complete()
             return frame.form.get("paused") is True
         elif frame.kind is Kind.REFUSED:
             raise MigrationError(f"the source gave up: {frame.form.get('why')}")

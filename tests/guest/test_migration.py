@@ -182,7 +182,7 @@ def test_a_guest_that_is_too_quick_for_the_downtime(tmp_path):
         machine.start()
         time.sleep(0.05)
         with pytest.raises(MigrationError, match="faster than") as caught:
-            migrate(machine, f"unix:{tmp_path}/socket", downtime=0.0305, most_rounds=3)
+            migrate(machine, f"unix:{tmp_path}/socket", downtime=0.030001, most_rounds=3)
         assert "standing still" in caught.value.hint
         machine.kill()
     assert isinstance(target.end().error, MigrationError)
@@ -316,7 +316,8 @@ def test_a_target_killed_at_a_random_moment_leaves_exactly_one_owner(tmp_path):
 
 def hello(**changes):
     with Machine(config(dirtier(1))) as machine:
-        return {"version": 1, "program": "x", **machine.describe()} | changes
+        disks = {"copied": False, "images": {}, "paths": []}
+        return {"version": 1, "program": "x", "disks": disks, **machine.describe()} | changes
 
 
 @pytest.mark.parametrize(
@@ -330,6 +331,9 @@ def hello(**changes):
         {"cpuid": [[1]]},
         {"cpuid": None},
         {"booted": {}},
+        {"disks": None},
+        {"disks": {}},
+        {"disks": {"copied": False, "images": {}, "paths": [{"path": "x"}]}},
     ],
 )
 def test_a_greeting_that_describes_no_machine_is_refused(tmp_path, changes):
