@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from hypervisor.cli.test import _plugin
+from hypervisor.host import Kind, quick_kind
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest_plugins = ["pytester"]
 
+CAUSE = "triple fault; where is not known" if quick_kind() is Kind.AMD_V else r"triple fault at 0x\w+ \(_start\+.*ud2"
+"""Of the guest triple-fault; KVM on AMD resets the vCPU at once."""
 ECHO = r'@pytest.mark.guest(kernel="echo", ram_mib=2, ready="q ends\\n")'
 
 
@@ -138,9 +141,10 @@ def test_dies(machine):
     assert time.monotonic() - began < 60
     result.assert_outcomes(failed=1)
     said = result.stdout.str()
-    assert re.search(r"E +hypervisor.testing.failures.GuestFailed: triple fault at 0x\w+ \(_start\+.*ud2", said)
-    assert re.search(r"-+ guest stack -+\nvCPU 0 at 0x\w+: _start\+", said)
-    assert "RIP 00000000001" in said
+    assert re.search(f"E +hypervisor.testing.failures.GuestFailed: {CAUSE}", said)
+    place = "0xfff0" if quick_kind() is Kind.AMD_V else r"0x\w+: _start\+"
+    assert re.search(rf"-+ guest stack -+\nvCPU 0 at {place}", said)
+    assert "-- guest machine --" in said
     assert "1  shutdown" in said
     files = kept(pytester, "test_dies")
     assert "triple fault" in files["postmortem.txt"]
@@ -229,7 +233,7 @@ pytestmark = pytest.mark.guest(kernel="triple-fault", ram_mib=2)
 def test_dies(machine):
     with machine.dies("death") as death:
         time.sleep(90)
-    assert "ud2" in str(death)
+    assert "triple fault" in str(death)
 
 def test_dies_by_waiting(machine):
     with machine.dies():
@@ -300,7 +304,7 @@ def test_dies(machine):
     )
     case = ET.parse(pytester.path / "report.xml").getroot().find(".//testcase")  # noqa: S314 - pytest wrote it
     properties = {one.get("name"): one.get("value") for one in case.iter("property")}
-    assert properties["guest_cause"].startswith("triple fault at 0x")
+    assert re.match(CAUSE, properties["guest_cause"])
     assert properties["guest_files"] == str(pytester.path / "kept" / "test_it.py--test_dies")
     failure = case.find("failure")
     assert failure.get("message").startswith("hypervisor.testing.failures.GuestFailed: triple fault")
