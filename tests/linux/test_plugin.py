@@ -122,3 +122,37 @@ def test_loses_what_was_not_flushed(machine, guest_disk):
     said = result.stdout.str()
     assert "GuestFailed: the guest hangs: no sign of progress for 1" in said
     assert "GuestFailed: the guest's kernel reports: BUG: of a driver" in said
+
+
+def test_networks_go_back_with_their_guests_and_the_one_that_dies_is_told_by_name(run, pytester):
+    result = run(
+        """
+import pytest
+from hypervisor.testing.plugin import SESSION
+
+pytestmark = pytest.mark.guest(kernel="tiny", ram_mib=96)
+
+@pytest.mark.parametrize("number", range(2))
+def test_pings(guest_network, number, request):
+    a, b = guest_network.machine("a"), guest_network.machine("b")
+    assert a.run(f"ping -c 1 -W 20 {b.address}").returncode == 0
+    guest_network.drop(1.0, src="a")
+    assert a.run(f"ping -c 1 -W 1 {b.address}").returncode != 0
+    pool = request.config.stash[SESSION].pool
+    assert (pool.boots, pool.resets) == (2, 2 * number)
+
+def test_one_panics(guest_network):
+    a, b = guest_network.machine("a"), guest_network.machine("b")
+    b.popen("sleep 1; echo c > /proc/sysrq-trigger")
+    a.run("sleep 600", timeout=None)
+""",
+        "-v",
+    )
+    print(result.stdout.str())
+    result.assert_outcomes(passed=2, failed=1)
+    said = result.stdout.str()
+    assert "GuestFailed: kernel panic: sysrq triggered crash" in said
+    assert re.search(r"-+ a files -+\nthe guest was alive and well", said)
+    assert re.search(r"-+ b failure -+\nkernel panic: sysrq triggered crash", said)
+    (folder,) = (pytester.path / ".guest-artifacts").glob("*--test_one_panics")
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
