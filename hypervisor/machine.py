@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 STOP_SECONDS: Final = 10.0
 MOST_EVERY: Final = (1 << 32) - 1
+GIVEN_AWAY: Final = {Stop.MIGRATED, Stop.SUSPENDED}
 AFTER_PANIC: Final = {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT}
 """What a kernel may do after it has panicked, and is not to be blamed on anything else."""
 
@@ -298,6 +299,15 @@ class Machine:
     def end(self, outcome: Outcome) -> None:
         """Make `outcome` the machine's end unless it has one; returns at once. For devices and signal handlers."""
         self._end(outcome)
+
+    def end_wholly(self, outcome: Outcome) -> None:
+        """Do as `end`, and return when neither a vCPU nor a thread of a device touches memory any more."""
+        self._end(outcome)
+        with self._still:
+            for vcpu in self.vcpus:
+                vcpu.join()
+            if self._virtio is not None:
+                self._virtio.stop()
 
     def pause(self) -> None:
         """Stop all vCPUs between two instructions; returns when they stand still."""
@@ -594,10 +604,12 @@ class Machine:
             self.kill()
         if self._recording is not None:
             self._recording.close()
-        for vcpu in self.vcpus:
-            vcpu.join()
-        if self._virtio is not None:
-            self._virtio.stop()
+        self._answer_last()
+        with self._still:
+            for vcpu in self.vcpus:
+                vcpu.join()
+            if self._virtio is not None:
+                self._virtio.stop()
         self.loop.close()
         if self._control is not None:
             self._control.close()
@@ -736,6 +748,12 @@ class Machine:
             if self._served is None:
                 self._served = Requests(self)
         self._served.begin(request, reply)
+
+    def _answer_last(self) -> None:
+        """Let whoever had the machine moved or suspended get an answer: when all of it has gone."""
+        if self._served is not None and self._outcome is not None and self._outcome.reason in GIVEN_AWAY:
+            self._served.finish()
+            self.loop.run(lambda: None)  # the answer was on its way to the loop
 
     # --- ending -------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ class Stop(Enum):
     UNKNOWN_EXIT = "unknown KVM exit"
     KILLED = "ended from outside"
     SUSPENDED = "the machine was saved, and ended"
+    LOST = "the source was lost, and with it a part of the guest's memory"
     MIGRATED = "the guest goes on in another process"
     OUTPUT_LOST = "the console's output file takes no more"
     FAULT = "a fault of the VMM"
@@ -40,6 +41,7 @@ STATUS = {
     Stop.FAIL_ENTRY: 4,
     Stop.UNKNOWN_EXIT: 4,
     Stop.OUTPUT_LOST: 3,
+    Stop.LOST: 3,
     Stop.FAULT: 5,
 }
 

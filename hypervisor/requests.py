@@ -32,6 +32,7 @@ class Requests:
         self._running = ""
         self._progress: dict[str, Any] = {}
         self._cancelled = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def begin(self, request: Mapping[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
         """Begin what a request says and have `reply` called with how it went, from any thread. The loop's thread's."""
@@ -51,7 +52,15 @@ class Requests:
                 self._running = what
                 self._cancelled.clear()
                 self._progress = {}
-            threading.Thread(target=self._do, args=(what, request, reply), name=f"hv-{what}", daemon=True).start()
+            self._thread = threading.Thread(
+                target=self._do, args=(what, request, reply), name=f"hv-{what}", daemon=True
+            )
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Return when what takes time has been done."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _do(self, what: str, request: Mapping[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
         try:
@@ -102,6 +111,7 @@ class Requests:
             address,
             downtime=float(request.get("downtime", 0.1)),
             copy_disks=request.get("copy_disks") is True,
+            postcopy=request.get("postcopy") is True,
             tls=None if tls is None else Tls(*tls),
             progress=tell,
             cancelled=self._cancelled,

@@ -32,6 +32,10 @@ Disks: the target opens the same paths, on this host or on storage that both hos
 of them. With --copy-disks their content is sent, while the guest goes on; the target makes raw files of it, in the
 order of its --disk options, or disk-blk0.raw and so on where it was started.
 
+A guest that changes memory faster than the connection carries it off does not move, unless with --postcopy: then it
+goes on there, and what it touches is fetched. Until all is there it needs both processes and the connection between
+them: if one is lost, so is the guest, and the target says so. Not with --tls.
+
 TLS: both ends show a certificate that the same authority has signed; without --tls anybody who reaches the port can
 send a machine, or take one.
 
@@ -48,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("machine", metavar="MACHINE", help="its name; `hv top` lists them")
     add("to", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT")
     add("--downtime", type=float, default=100, metavar="MS", help="how long the guest may stand still (default 100)")
+    add("--postcopy", action="store_true", help="if memory changes too fast, let it follow when the guest runs there")
     add("--copy-disks", action="store_true", help="send the disks' content too: the target has no storage in common")
     add("--tls", metavar="CA,CERT,KEY", help="PEM files, for TCP")
     add("--json", action="store_true", help="print the result as a JSON object")
@@ -90,6 +95,7 @@ def _send(options: argparse.Namespace) -> int:
         "to": _absolute(options.to),
         "downtime": options.downtime / 1e3,
         "copy_disks": options.copy_disks,
+        "postcopy": options.postcopy,
     }
     if tls is not None:
         what["tls"] = [os.path.abspath(path) for path in tls]
@@ -103,9 +109,10 @@ def _send(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     else:
+        late = f"; {result['late']} pages followed, {result['asked']} of them waited for" if result["late"] else ""
         print(
             f"moved in {result['seconds']:.2f} s: {result['sent'] / 1e6:.0f} MB in {result['rounds']} rounds;"
-            f" it stood still for {result['downtime'] * 1e3:.0f} ms"
+            f" it stood still for {result['downtime'] * 1e3:.0f} ms{late}"
         )
     return 0
 
@@ -131,10 +138,10 @@ def _receive(options: argparse.Namespace) -> int:
         until = None if options.wait is None else time.monotonic() + options.wait
         try:
             wire = listener.accept(None if until is None else max(until - time.monotonic(), 0.001))
+            return receive(wire, disks=options.disks, accept=listener.accept)
         except TimeoutError:
             raise HostError(f"no source came in {options.wait:g} s") from None
         finally:
             listener.close()
-        return receive(wire, disks=options.disks)
 
     return serve(make, settings)

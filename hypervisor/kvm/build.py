@@ -10,9 +10,9 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = Path("hypervisor", "kvm")
-PARTS = ("recorder", "kvm", "dirty", "dataplane", "replay")
-HEADERS = ("runloop", "tracefile", "dataplane", "replay")
-SOURCES = ("runloop", "recorder", "tracefile", "vring", "uring", "diskpath", "tappath", "dirty", "replay")
+PARTS = ("recorder", "kvm", "dirty", "dataplane", "replay", "pager")
+HEADERS = ("runloop", "tracefile", "dataplane", "replay", "pager")
+SOURCES = ("runloop", "recorder", "tracefile", "vring", "uring", "diskpath", "tappath", "dirty", "replay", "pager")
 
 ffibuilder = FFI()
 for part in PARTS:

@@ -10,6 +10,7 @@ from hypervisor import __version__
 from hypervisor.errors import ConfigError, VmmError
 from hypervisor.kvm.dirty import PAGE, Dirty
 from hypervisor.migration.disks import SourceDisks
+from hypervisor.migration.postcopy import PageLine
 from hypervisor.migration.wire import SECONDS, VERSION, Kind, MigrationError, connect
 from hypervisor.outcome import Outcome, Stop
 
@@ -50,16 +51,20 @@ class Result(NamedTuple):
     """How a migration went.
 
     Attributes:
-        seconds: from the connection to the target's taking over.
+        seconds: from the connection to the target's taking over; with post-copy, to its having all memory.
         downtime: seconds from the guest's last instruction here to the target's word that it takes over.
         rounds: how often memory was gone through, the last time included.
         sent: bytes.
+        late: pages that were sent when the guest ran at the target already: with post-copy.
+        asked: how many of these it had to wait for.
     """
 
     seconds: float
     downtime: float
     rounds: int
     sent: int
+    late: int = 0
+    asked: int = 0
 
 
 def migrate(  # noqa: PLR0913 - what the user may say
@@ -69,6 +74,7 @@ def migrate(  # noqa: PLR0913 - what the user may say
     downtime: float = 0.1,
     most_rounds: int = MOST_ROUNDS,
     copy_disks: bool = False,
+    postcopy: bool = False,
     tls: Tls | None = None,
     progress: Callable[[Progress], None] | None = None,
     cancelled: threading.Event | None = None,
@@ -83,6 +89,10 @@ def migrate(  # noqa: PLR0913 - what the user may say
         address: "unix:PATH" or "tcp:HOST:PORT".
         downtime: seconds that the guest may stand still: memory is sent again and again until the rest is that little.
         most_rounds: how often at most.
+        postcopy: when memory does not converge, let the guest go on there with pages missing, which follow as it
+            touches them. If this end or the connection is lost before they have all arrived, the guest is lost, so
+            this process has to stay until then: the function returns then, and `Machine.close` waits for it. Both
+            ends must be different processes. Not together with `tls`.
         copy_disks: send the disks' content: the target has no storage in common with this end.
         tls: certificates, for TCP.
         progress: called now and then.
@@ -95,6 +105,8 @@ def migrate(  # noqa: PLR0913 - what the user may say
     """
     if downtime <= 0:
         raise ConfigError(f"a downtime of {downtime:g} s", hint="it is a number of seconds above 0")
+    if postcopy and tls is not None:
+        raise ConfigError("post-copy does not go together with TLS", hint="use a tunnel, or leave out one of them")
     if machine.memory.is_tracked:
         raise ConfigError(
             "the machine has a checkpoint, or is being moved already", hint="give the checkpoint up first"
@@ -102,7 +114,8 @@ def migrate(  # noqa: PLR0913 - what the user may say
     wire = connect(address, tls=tls, seconds=seconds)
     try:
         disks = SourceDisks(machine, copied=copy_disks)
-        return _Source(machine, wire, disks, downtime, most_rounds, progress, cancelled).run()
+        pages = PageLine(address, seconds) if postcopy else None
+        return _Source(machine, wire, disks, pages, downtime, most_rounds, progress, cancelled).run()
     except EOFError as error:
         raise MigrationError("the target hung up; the guest goes on here") from error
     except OSError as error:
@@ -128,6 +141,7 @@ class _Source:
         machine: Machine,
         wire: Wire,
         disks: SourceDisks,
+        pages: PageLine | None,
         downtime: float,
         most_rounds: int,
         progress: Callable[[Progress], None] | None,
@@ -136,6 +150,8 @@ class _Source:
         self._machine = machine
         self._wire = wire
         self._disks = disks
+        self._pages = pages
+        self._is_late = False  # the target runs before it has all pages
         self._downtime = downtime
         self._most_rounds = most_rounds
         self._progress = progress
@@ -152,15 +168,33 @@ class _Source:
             self._disks.track()
             self._send_parts(self._disks.contents())
             self._converge(dirty)
-            return self._hand_over(dirty)
+            result = self._hand_over(dirty)
+        except BaseException as error:
+            if self._pages is not None and getattr(error, "is_certain", True):
+                self._pages.stop()
+            raise
         finally:
             dirty.close()
             self._disks.untrack()
+        if self._pages is None:
+            return result
+        server = self._pages.finish()
+        if server is None:
+            return result
+        return result._replace(
+            seconds=time.monotonic() - self._began,
+            sent=self._wire.sent + server.pages * PAGE,
+            late=server.pages,
+            asked=server.asked,
+        )
 
     def _greet(self) -> None:
         form = {"version": VERSION, "program": __version__, **self._machine.describe()}
-        self._wire.send(Kind.HELLO, form | {"disks": self._disks.describe()})
+        token = None if self._pages is None else self._pages.token
+        self._wire.send(Kind.HELLO, form | {"disks": self._disks.describe(), "pager": token})
         self._expect(Kind.READY)
+        if self._pages is not None:
+            self._pages.open()
 
     def _expect(self, kind: Kind) -> Frame:
         frame = self._wire.receive()
@@ -177,21 +211,32 @@ class _Source:
         pages = self._machine.memory.size // PAGE
         dirty.collect()  # from here on; everything is sent at first
         self._send_pages(self._used(pages), pages)
+        least = pages
         for number in range(1, self._most_rounds + 1):
             self._round = number
             changed = dirty.collect()
             runs = list(changed.runs())
-            left = changed.pages * PAGE + self._disks.changed
+            of_disks = self._disks.changed
+            left = changed.pages * PAGE + of_disks
             self._send_parts(self._disks.changes())
-            if left / self._rate + OVERHEAD <= self._downtime:
+            if self._fits(left):
                 self._send_pages(runs, changed.pages)  # the stop comes next, and these need not wait for it
                 return
+            if self._pages is not None and (number == self._most_rounds or changed.pages >= least):
+                self._is_late = self._fits(of_disks)  # another round would leave no less; only memory can follow
             self._send_pages(runs, changed.pages)
+            if self._is_late:
+                return
+            least = changed.pages
         raise MigrationError(
             f"the guest changes memory and disks faster than {self._rate / 1e6:.0f} MB/s carry it off: after"
             f" {self._round} rounds {left / 1e6:.1f} MB are left; it goes on here",
             hint=f"allow it more than {self._downtime * 1e3:.0f} ms of standing still",
         )
+
+    def _fits(self, size: int) -> bool:
+        """Whether the guest may stand still for as long as so many bytes take."""
+        return size / self._rate + OVERHEAD <= self._downtime
 
     @property
     def _rate(self) -> float:
@@ -263,8 +308,14 @@ class _Source:
         def still() -> float:
             self._send_parts(self._disks.changes())
             changed = dirty.collect()
-            self._send_pages(changed.runs(), changed.pages)
-            self._wire.send(Kind.STATE, {"state": machine.capture(), "paused": was_paused})
+            missing: list[tuple[int, int]] = []
+            if self._pages is not None and self._is_late:
+                missing = list(changed.runs())
+            if self._pages is not None and missing:
+                machine.at_close(self._pages.begin(machine.memory, missing).join)
+            else:
+                self._send_pages(changed.runs(), changed.pages)
+            self._wire.send(Kind.STATE, {"state": machine.capture(), "paused": was_paused, "missing": missing})
             self._expect(Kind.LOADED)
             self._give_away()
             return time.monotonic()

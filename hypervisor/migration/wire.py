@@ -67,10 +67,8 @@ class Kind(IntEnum):
     """Source: the machine is yours."""
     MINE = 9
     """Target: its first instruction comes after this frame."""
-    WANT = 10
-    """Target, post-copy: a page that a vCPU waits for."""
-    DONE = 11
-    """Target, post-copy: every page is here."""
+    PAGER = 10
+    """Source, post-copy: the first word of its second connection, over which pages come one by one (kvm/pager.h)."""
 
 
 class Frame(NamedTuple):
@@ -131,6 +129,10 @@ class Wire:
     def fileno(self) -> int:
         """Return the socket."""
         return self._socket.fileno()
+
+    def detach(self) -> socket.socket:
+        """Return the socket for words of another kind; the wire is of no more use."""
+        return socket.socket(self.family, socket.SOCK_STREAM, fileno=self._socket.detach())
 
     def send(self, kind: Kind, form: dict[str, Any] | None = None, data: Sequence[memoryview] = ()) -> None:
         """Send a frame, its data in pieces; raises OSError."""

@@ -1,0 +1,207 @@
+"""Machines that run at the target before all of their memory is there. The target is a process of its own."""
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from test_journal import FOREVER, content, done_in, journal, new_disk, what_is_wrong
+
+from hypervisor import Machine, MachineConfig
+from hypervisor.errors import ConfigError
+from hypervisor.migration.source import migrate
+from hypervisor.migration.wire import MigrationError, Tls
+from hypervisor.outcome import Stop
+
+pytestmark = pytest.mark.kvm
+
+TIMEOUT = 120
+MOVE = {"postcopy": True, "most_rounds": 1, "downtime": 0.030001}
+"""What does not converge."""
+PROGRAM = """
+import json, sys
+from hypervisor.migration.target import receive
+from hypervisor.migration.wire import Listener
+listener = Listener(sys.argv[1])
+print("ready", flush=True)
+with receive(listener.accept(60), accept=listener.accept) as machine:
+    listener.close()
+    machine.start()
+    print("mine", flush=True)
+    outcome = machine.wait(120)
+    words = {"reason": outcome.reason.name, "status": outcome.status, "message": outcome.message}
+    print(json.dumps(words | {"said": machine.console.output.decode()}), flush=True)
+"""
+
+
+@contextmanager
+def target(address, program=PROGRAM):
+    with subprocess.Popen(
+        [sys.executable, "-c", program, address], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def dirtier(milliseconds, pages=400, mib=24):
+    """Write to `pages` pages every millisecond or so."""
+    append = f"{milliseconds} {pages} 2000000 {mib}"
+    return MachineConfig("dirtier", ram_mib=mib + 72, debug_exit="raw", append=append)
+
+
+def end_of(process):
+    assert process.stdout.readline() == b"mine\n"
+    return json.loads(process.stdout.readline())
+
+
+def test_a_guest_that_does_not_converge_loses_nothing(tmp_path):
+    address = f"unix:{tmp_path}/socket"
+    with target(address) as process, Machine(dirtier(2500)) as machine:
+        machine.start()
+        time.sleep(0.2)
+        result = migrate(machine, address, **MOVE)
+        assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
+        there = end_of(process)
+    assert (there["reason"], there["status"]) == ("GUEST_EXIT", 0)
+    assert result.late > 100
+    assert result.asked > 0
+    assert result.rounds <= 3
+
+
+def test_one_that_converges_needs_no_second_half(tmp_path):
+    address = f"unix:{tmp_path}/socket"
+    with target(address) as process, Machine(dirtier(1000, pages=1)) as machine:
+        machine.start()
+        result = migrate(machine, address, postcopy=True, downtime=0.5)
+        there = end_of(process)
+    assert there["status"] == 0
+    assert result.late == 0
+
+
+def test_a_disk_works_while_pages_are_missing(tmp_path):
+    """Rings, headers and data lie in pages that are not there: its threads and the kernel wait for them."""
+    disk = new_disk(tmp_path, "raw")
+    address = f"unix:{tmp_path}/socket"
+    with target(address) as process:
+        with journal(str(disk), FOREVER) as machine:
+            machine.start()
+            while done_in(machine.console.output) < 5:
+                machine.console.read(timeout=1)
+            result = migrate(machine, address, **MOVE)
+            said = machine.console.output
+        assert process.stdout.readline() == b"mine\n"
+        time.sleep(0.5)
+    assert result.late > 0
+    image = content(tmp_path / "copy", disk.read_bytes())
+    assert what_is_wrong(image, done_in(said) + 1) is None
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+SOURCE = """
+import sys, time
+from hypervisor import Machine, MachineConfig
+from hypervisor.migration import postcopy
+from hypervisor.migration.source import migrate
+batch = postcopy.PageServer._send
+def slow(self, first, count):
+    time.sleep(0.02)
+    batch(self, first, count)
+postcopy.PageServer._send = slow
+config = MachineConfig(sys.argv[2], ram_mib=int(sys.argv[3]), debug_exit="raw", append=sys.argv[4], virtio="mmio",
+                       disks=sys.argv[5:])
+with Machine(config) as machine:
+    machine.start()
+    time.sleep(0.3)
+    print("moving", flush=True)
+    migrate(machine, sys.argv[1], postcopy=True, most_rounds=1, downtime=0.030001)
+"""
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_source_that_is_lost_on_the_way_takes_the_guest_with_it(tmp_path, number):
+    """The target ends, whoever waits for a page there, with status 3 and in words; the guest runs on nothing wrong."""
+    address = f"unix:{tmp_path}/socket"
+    words = ["dirtier", "224", "20000 2000 2000000 150"]
+    with target(address) as process, subprocess.Popen([sys.executable, "-c", SOURCE, address, *words]) as source:
+        assert process.stdout.readline() == b"mine\n"
+        time.sleep(number * 0.1)
+        source.kill()
+        said, complaint = process.communicate(timeout=TIMEOUT)
+        how = "outcome" if said else "exit"
+        if said:
+            there = json.loads(said)
+            assert (there["reason"], there["status"]) == ("LOST", 3)
+            message = there["message"]
+        else:
+            assert process.returncode == 3
+            message = complaint.decode()
+    assert "the source is gone" in message
+    assert "the guest is lost" in message
+    print(how)
+
+
+def test_a_thread_that_waits_for_a_page_is_not_told_but_the_process_ends(tmp_path):
+    """It holds the GIL, so nothing in Python can be done any more. It must not go on with zeroes."""
+    address = f"unix:{tmp_path}/socket"
+    words = ["dirtier", "224", "20000 2000 2000000 150"]
+    touch = "for page in reversed(range(64 << 8, 200 << 8)): machine.memory.read(page << 12, 1)\n    "
+    program = PROGRAM.replace("outcome = machine", touch + 'print("read", flush=True)\n    outcome = machine')
+    with (
+        target(address, program) as process,
+        subprocess.Popen([sys.executable, "-c", SOURCE, address, *words]) as source,
+    ):
+        assert process.stdout.readline() == b"mine\n"
+        time.sleep(0.2)
+        source.kill()
+        said, complaint = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, said) == (3, b"")
+    assert b"the guest is lost" in complaint
+
+
+def test_a_target_that_is_lost_on_the_way_takes_the_guest_with_it(tmp_path):
+    """Here nothing may go on: it ran there already."""
+    address = f"unix:{tmp_path}/socket"
+    program = PROGRAM.replace('print("mine", flush=True)', "import os; os.kill(os.getpid(), 9)")
+    with target(address, program), Machine(dirtier(20000, pages=2000, mib=150)) as machine:
+        machine.start()
+        time.sleep(0.3)
+        with pytest.raises(MigrationError, match="the guest is lost") as caught:
+            migrate(machine, address, **MOVE)
+        assert not caught.value.is_certain
+        assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
+
+
+@pytest.mark.parametrize("when", ["Machine.load", "Pager.take_over"])
+def test_a_target_that_fails_before_it_is_let_go_leaves_the_guest_here(tmp_path, when):
+    address = f"unix:{tmp_path}/socket"
+    imports = "import os\nfrom hypervisor.kvm.pager import Pager\nfrom hypervisor.machine import Machine\n"
+    patch = f"{imports}{when} = lambda *_: os.kill(os.getpid(), 9)\n"
+    with target(address, patch + PROGRAM), Machine(dirtier(1500)) as machine:
+        machine.start()
+        time.sleep(0.1)
+        with pytest.raises(MigrationError) as caught:
+            migrate(machine, address, **MOVE)
+        assert caught.value.is_certain
+        assert machine.wait(TIMEOUT).status == 0
+
+
+def test_a_host_without_userfaultfd_says_so_before_anything_is_moved(tmp_path):
+    address = f"unix:{tmp_path}/socket"
+    refuse = "import hypervisor.kvm.pager as pager\npager.lib = type('Lib', (), {'hv_uffd_open': lambda _: -1})()\n"
+    with target(address, refuse + PROGRAM), Machine(dirtier(300, pages=1)) as machine:
+        machine.start()
+        with pytest.raises(MigrationError, match=r"userfaultfd.*Operation not permitted"):
+            migrate(machine, address, postcopy=True)
+        assert machine.wait(TIMEOUT).status == 0
+
+
+def test_not_over_tls(tmp_path):
+    with Machine(dirtier(1)) as machine, pytest.raises(ConfigError, match="TLS"):
+        migrate(machine, f"unix:{tmp_path}/socket", postcopy=True, tls=Tls("a", "b", "c"))
