@@ -20,6 +20,7 @@ examples:
   hv kernel list
   hv kernel get debian tiny
   hv kernel path debian --elf
+  make -C $(hv kernel headers debian) M=$PWD modules
 """
 
 
@@ -37,11 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("name", metavar="NAME")
     add("--elf", action="store_true", help="of its ELF file (vmlinux) instead")
     add("--json", action="store_true", help="all that is known of it, as a JSON object")
+    headers = actions.add_parser("headers", help="print the folder for `make -C` that builds modules for a kernel")
+    headers.add_argument("name", metavar="NAME")
+    headers.add_argument("--check", action="store_true", help="hash every file of it first")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do one of list, get, path."""
-    action = {"list": _list, "get": _get, "path": _path}[options.action]
+    """Do one of list, get, path, headers."""
+    action = {"list": _list, "get": _get, "path": _path, "headers": _headers}[options.action]
     action(options)
     return 0
 
@@ -103,3 +107,14 @@ def _path(options: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2, default=str))
     else:
         print(kernels.vmlinux(options.name) if options.elf else kernels.path(options.name))
+
+
+def _headers(options: argparse.Namespace) -> None:
+    from hypervisor.kernels import headers, progress
+
+    reporter = progress.for_stream(sys.stderr)
+    try:
+        folder = headers.ensure(options.name, check=options.check, progress=reporter)
+    finally:
+        reporter.end()
+    print(folder)
