@@ -263,6 +263,16 @@ class GuestMachine:
 
         return read_log(self.machine)
 
+    def stack(self) -> str:
+        """Return where each vCPU is and the calls that led there, by name, a line each; also of a guest that is dead.
+
+        Raises:
+            VmmError: it has no kernel whose symbols are found.
+        """
+        from hypervisor.testing import stack  # noqa: PLC0415 - most tests pass
+
+        return "\n".join(stack.lines(self.machine, stack.names_of(self.machine)))
+
     # --- the machine --------------------------------------------------------------------------------------------------
 
     @property

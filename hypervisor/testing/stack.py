@@ -30,6 +30,10 @@ MOST: Final = 24
 """Calls that are shown of one vCPU."""
 LONGEST_CALL: Final = 7
 CALL_NEAR: Final = 0xE8
+EXCEPTION_ENTRY: Final = "asm_exc_"
+"""How the names of the functions begin that the processor calls by itself, for a page fault say."""
+FRAME_IP: Final = 16 * 8
+"""Where the interrupted place is in what such a function saves (struct pt_regs, arch/x86/include/asm/ptrace.h)."""
 GROUP_5: Final = 0xFF
 """The opcode of an indirect call, with 2 in the middle field of its ModRM byte (SDM volume 2, CALL)."""
 
@@ -85,7 +89,7 @@ def lines(machine: Machine, names: GuestNames) -> Iterator[str]:
 
 
 def _calls(read: Reader, top: int, names: GuestNames) -> Iterator[tuple[int, str]]:
-    """Yield the return addresses on a kernel's stack, with their names."""
+    """Yield the return addresses on a kernel's stack, and the places where exceptions came, with their names."""
     shown = 0
     for at in range(top & ~7, (top | STACK - 1) + 1, 8):
         data = read(at, 8)
@@ -95,9 +99,20 @@ def _calls(read: Reader, top: int, names: GuestNames) -> Iterator[tuple[int, str
         name = _named(names, word) if word >= HIGHER_HALF else None
         if name is not None and _follows_call(read, word):
             yield word, name
+            if name.startswith(EXCEPTION_ENTRY):
+                yield from _interrupted(read, at + 8 + FRAME_IP, names)
             shown += 1
             if shown == MOST:
                 return
+
+
+def _interrupted(read: Reader, at: int, names: GuestNames) -> Iterator[tuple[int, str]]:
+    """Yield the place in the kernel that an exception's frame says it came at: no call led from there."""
+    data = read(at, 8)
+    address = 0 if data is None else int.from_bytes(data, "little")
+    name = _named(names, address) if address >= HIGHER_HALF else None
+    if name is not None:
+        yield address, f"{name}, where the exception came"
 
 
 def _named(names: GuestNames, address: int) -> str | None:

@@ -14,7 +14,7 @@ from hypervisor.host import Kind
 from hypervisor.testing.interrupt import Interrupter
 from hypervisor.testing.report import folder_of
 from hypervisor.testing.spec import FAIL_ON, merge
-from hypervisor.testing.stack import _follows_call
+from hypervisor.testing.stack import _calls, _follows_call
 from hypervisor.testing.watch import _stripped
 
 DEFAULTS = {"boot_timeout": "60", "hang_seconds": "30", "fail_on": FAIL_ON}
@@ -200,6 +200,36 @@ def test_a_kernels_line_is_told_without_its_time(line, text):
 def test_a_return_address_follows_a_call(code, is_call):
     data = bytes.fromhex(code)
     assert _follows_call(lambda address, size: data if (address, size) == (0x1000 - 7, 7) else None, 0x1000) is is_call
+
+
+TEXT, STACK_TOP = 0xFFFF_FFFF_8100_0000, 0xFFFF_C900_0000_3000
+FUNCTIONS = {TEXT: "panic+0x10/0x20", TEXT + 1: "asm_exc_page_fault+0x22/0x30", TEXT + 2: "faulty+0x5/0x9"}
+
+
+def calls_on(words):
+    """Walk a stack with these words at its top, in a kernel all of whose code follows calls."""
+    held = {STACK_TOP + 8 * index: word for index, word in enumerate(words)}
+
+    def read(address, size):
+        code = b"\0\0\xe8\1\2\3\4"  # call rel32
+        return code if size == 7 else held.get(address, 0).to_bytes(8, "little")
+
+    names = SimpleNamespace(
+        kernel=SimpleNamespace(find=FUNCTIONS.get), modules=SimpleNamespace(find=lambda address: None)
+    )
+    return [name for _, name in _calls(read, STACK_TOP, names)]
+
+
+@pytest.mark.parametrize(
+    ("ip", "told"), [(TEXT + 2, ["faulty+0x5/0x9, where the exception came"]), (0x40_1000, []), (TEXT + 9, [])]
+)
+def test_where_an_exception_came_is_in_its_frame(ip, told):
+    """What x86-64's struct pt_regs holds: r15 to r12, bp, bx, r11 to r8, ax, cx, dx, si, di, orig_ax, and then ip."""
+    frame = [0] * 16 + [ip]
+    names = calls_on([TEXT, 0x1234, TEXT + 1, *frame])
+    assert names[:2] == ["panic+0x10/0x20", "asm_exc_page_fault+0x22/0x30"]
+    assert names[2 : 2 + len(told)] == told
+    assert len([name for name in names if "where the exception came" in name]) == len(told)
 
 
 # --- hv test ----------------------------------------------------------------------------------------------------------
