@@ -3,7 +3,9 @@
 import pytest
 
 from hypervisor.kvm import Kvm
-from hypervisor.kvm.state import CHIPS, _read_chip, _write_chip
+from hypervisor.kvm._kvm import lib
+from hypervisor.kvm.ioctls import control
+from hypervisor.kvm.state import CHIPS, _read_chip, chip_argument
 
 pytestmark = pytest.mark.kvm
 
@@ -21,7 +23,7 @@ class Inputs:
 
     def put(self, chips):
         for name, registers in chips.items():
-            _write_chip(self.vm, *CHIPS[name], registers)
+            control(self.vm.fileno(), lib.KVM_SET_IRQCHIP, chip_argument(*CHIPS[name], registers))
 
     def load(self, level, chips):
         """Do what a restored machine does: the device drives its line, then the controllers are set."""
