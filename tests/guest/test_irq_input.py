@@ -1,9 +1,9 @@
 """An interrupt input and the interrupt controllers behind it, when a device's state and then theirs are loaded."""
 
 import pytest
+from hypervisor.kvm._kvm import lib
 
 from hypervisor.kvm import Kvm
-from hypervisor.kvm._kvm import lib
 from hypervisor.kvm.ioctls import control
 from hypervisor.kvm.state import CHIPS, _read_chip, chip_argument
 

@@ -14,7 +14,7 @@ import pytest
 from hypervisor import Machine, MachineConfig
 from hypervisor.errors import ConfigError
 from hypervisor.host import is_software_kvm
-from hypervisor.migration.source import migrate
+from hypervisor.migration.source import OVERHEAD, migrate
 from hypervisor.migration.target import receive
 from hypervisor.migration.wire import Kind, Listener, MigrationError, connect
 from hypervisor.outcome import Stop
@@ -249,7 +249,7 @@ def test_a_target_that_is_gone_when_it_was_let_go(tmp_path, transport, silent):
     with Machine(config(dirtier(300))) as machine:
         machine.start()
         with pytest.raises(MigrationError) as caught:
-            migrate(machine, listener.address, seconds=2)
+            migrate(machine, listener.address, seconds=8)
         assert caught.value.is_certain is not silent
         if silent:
             assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
