@@ -33,6 +33,7 @@ BENCHMARKS: Final = {
     "reset": ("reset", "a running machine set back to a checkpoint"),
     "restore": ("restore", "a machine that goes on from a snapshot, to its first access"),
     "clones": ("restore", "a hundred machines at once from one snapshot: the memory that each takes"),
+    "migration": ("migration", "a running machine moved to another process"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }
