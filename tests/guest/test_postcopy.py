@@ -1,6 +1,7 @@
 """Machines that run at the target before all of their memory is there. The target is a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,10 +11,11 @@ import pytest
 from test_journal import FOREVER, content, done_in, journal, new_disk, what_is_wrong
 
 from hypervisor import Machine, MachineConfig
-from hypervisor.errors import ConfigError
+from hypervisor.errors import ConfigError, VmmError
 from hypervisor.migration.source import migrate
 from hypervisor.migration.wire import MigrationError, Tls
 from hypervisor.outcome import Stop
+from hypervisor.profile.live_client import request
 
 pytestmark = pytest.mark.kvm
 
@@ -205,3 +207,44 @@ def test_a_host_without_userfaultfd_says_so_before_anything_is_moved(tmp_path):
 def test_not_over_tls(tmp_path):
     with Machine(dirtier(1)) as machine, pytest.raises(ConfigError, match="TLS"):
         migrate(machine, f"unix:{tmp_path}/socket", postcopy=True, tls=Tls("a", "b", "c"))
+
+
+# --- the whole way: hv's own processes --------------------------------------------------------------------------------
+
+
+def hv(*words, **how):
+    return subprocess.Popen([sys.executable, "-m", "hypervisor", *map(str, words)], **how)
+
+
+def test_hv_migrate_with_everything(tmp_path):
+    """A guest that is too fast, and its disk, to another process: who asked is told when all of it is there."""
+    disk, copy, name = new_disk(tmp_path, "raw"), tmp_path / "copy", f"test-{os.getpid()}"
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = ["run", "dirtier", "--ram", 96, "--append", "8000 400 2000000 24", "--debug-exit", "raw", "--name", name]
+    with (
+        hv("migrate", "receive", f"unix:{tmp_path}/socket", "--disk", copy, **quiet) as there,
+        hv(*run, "--disk", disk, **quiet) as here,
+    ):
+        try:
+            wait_until_known(name)
+            send = ["migrate", "send", name, f"unix:{tmp_path}/socket", "--postcopy", "--copy-disks", "--json"]
+            with hv(*send, "--downtime", "30.001", **quiet) as sender:
+                said, complaint = sender.communicate(timeout=TIMEOUT)
+            assert sender.returncode == 0, complaint
+            assert json.loads(said)["late"] > 0
+            assert here.wait(TIMEOUT) == 0, here.stderr.read()
+            assert there.wait(TIMEOUT) == 0, there.stderr.read()
+        finally:
+            here.kill()
+            there.kill()
+    assert copy.read_bytes() == disk.read_bytes()
+
+
+def wait_until_known(name):
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        try:
+            return request(name, {"do": "progress"})
+        except VmmError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
