@@ -132,7 +132,10 @@ class Wire:
 
     def detach(self) -> socket.socket:
         """Return the socket for words of another kind; the wire is of no more use."""
-        return socket.socket(self.family, socket.SOCK_STREAM, fileno=self._socket.detach())
+        seconds = self._socket.gettimeout()
+        connection = socket.socket(self.family, socket.SOCK_STREAM, fileno=self._socket.detach())
+        connection.settimeout(seconds)
+        return connection
 
     def send(self, kind: Kind, form: dict[str, Any] | None = None, data: Sequence[memoryview] = ()) -> None:
         """Send a frame, its data in pieces; raises OSError."""

@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from struct import pack
 
 import pytest
 from test_journal import FOREVER, content, done_in, journal, new_disk, what_is_wrong
@@ -13,7 +14,7 @@ from test_journal import FOREVER, content, done_in, journal, new_disk, what_is_w
 from hypervisor import Machine, MachineConfig
 from hypervisor.errors import ConfigError, VmmError
 from hypervisor.migration.source import migrate
-from hypervisor.migration.wire import MigrationError, Tls
+from hypervisor.migration.wire import Kind, MigrationError, Tls, connect
 from hypervisor.outcome import Stop
 from hypervisor.profile.live_client import request
 
@@ -248,3 +249,65 @@ def wait_until_known(name):
         except VmmError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+# --- an enemy at the other end ----------------------------------------------------------------------------------------
+
+
+class Enemy:
+    """A source that has got as far as its second connection."""
+
+    def __init__(self, address, word="right"):
+        with Machine(MachineConfig("checksum", ram_mib=8)) as machine:
+            disks = {"copied": False, "images": {}, "paths": []}
+            form = {"version": 1, "program": "x", "disks": disks, "pager": "right", **machine.describe()}
+        self.wire = connect(address)
+        self.wire.send(Kind.HELLO, form)
+        assert self.wire.receive().kind is Kind.READY
+        second = connect(address)
+        second.send(Kind.PAGER, {"token": word})
+        self.pages = second.detach()
+
+    def hears(self, kind):
+        return self.wire.receive().kind is kind
+
+    def close(self):
+        self.wire.close()
+        self.pages.close()
+
+
+def complaint_of(process):
+    _, complaint = process.communicate(timeout=TIMEOUT)
+    return complaint.decode().splitlines()[-1]
+
+
+def test_a_second_connection_from_somebody_else_is_refused(tmp_path):
+    with target(f"unix:{tmp_path}/socket") as process:
+        enemy = Enemy(f"unix:{tmp_path}/socket", word="wrong")
+        assert enemy.hears(Kind.REFUSED)
+        enemy.close()
+        assert "MigrationError" in complaint_of(process)
+
+
+@pytest.mark.parametrize("missing", [[[0, 1 << 40]], [[2048, 1]], [[-1, 1]], [["0", 1]], "x", [[0]], {"a": 1}])
+def test_missing_pages_that_belong_nowhere_are_refused(tmp_path, missing):
+    with target(f"unix:{tmp_path}/socket") as process:
+        enemy = Enemy(f"unix:{tmp_path}/socket")
+        enemy.wire.send(Kind.STATE, {"state": {}, "paused": False, "missing": missing})
+        assert enemy.hears(Kind.REFUSED)
+        enemy.close()
+        assert "MigrationError" in complaint_of(process)
+
+
+@pytest.mark.parametrize("run", [(0, 0), (0, 65), (2048, 1), (1 << 63, 1), (5, 1), (2047, 2), (0, 1 << 63)])
+def test_pages_that_were_not_missing_are_not_taken(tmp_path, run):
+    """The target has not begun: it gives up, and says so."""
+    with target(f"unix:{tmp_path}/socket") as process:
+        enemy = Enemy(f"unix:{tmp_path}/socket")
+        enemy.wire.send(Kind.STATE, {"state": {}, "paused": False, "missing": [[0, 1], [64, 1]]})
+        enemy.pages.sendall(pack("<QQ", *run) + bytes(4096))
+        with suppress(ConnectionResetError):
+            assert enemy.pages.recv(8) == b""
+        assert enemy.hears(Kind.REFUSED)
+        enemy.close()
+        assert "SnapshotError" in complaint_of(process)
