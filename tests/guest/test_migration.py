@@ -182,7 +182,7 @@ def test_a_guest_that_is_too_quick_for_the_downtime(tmp_path):
         machine.start()
         time.sleep(0.05)
         with pytest.raises(MigrationError, match="faster than") as caught:
-            migrate(machine, f"unix:{tmp_path}/socket", downtime=0.030001, most_rounds=3)
+            migrate(machine, f"unix:{tmp_path}/socket", downtime=OVERHEAD / 2, most_rounds=3)
         assert "standing still" in caught.value.hint
         machine.kill()
     assert isinstance(target.end().error, MigrationError)
