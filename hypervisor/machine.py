@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from hypervisor import cpuid, layout
 from hypervisor.boot.acpi import build_tables
@@ -14,20 +13,22 @@ from hypervisor.boot.mptable import build_mptable
 from hypervisor.bus import Bus
 from hypervisor.clock import Clock
 from hypervisor.console import Console
-from hypervisor.errors import ConfigError, HostError, SnapshotError
+from hypervisor.errors import ConfigError, HostError
 from hypervisor.eventloop import EventLoop
 from hypervisor.host import is_software_kvm
 from hypervisor.images import plan_boot
 from hypervisor.kvm import ByteRing, Kvm
 from hypervisor.kvm.handles import host_address
 from hypervisor.memory import GuestMemory
+from hypervisor.moments import Moments
+from hypervisor.observed import Observed
 from hypervisor.outcome import Outcome, Stop
 from hypervisor.pc import NoIrq, Pc
 from hypervisor.reset import apply_entry, reset_vcpu
 from hypervisor.vcpu import Vcpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
@@ -36,27 +37,20 @@ if TYPE_CHECKING:
     from devices.virtio.device import VirtioDevice
     from hypervisor.config import MachineConfig
     from hypervisor.control import Control
-    from hypervisor.kvm.dirty import Dirty
-    from hypervisor.kvm.handles import IrqInput, Vm
-    from hypervisor.profile.exits import Exits
+    from hypervisor.kvm.handles import IrqInput
     from hypervisor.profile.live import LiveExits
-    from hypervisor.profile.model import Profile
     from hypervisor.profile.recording import Recording
     from hypervisor.requests import Requests
-    from hypervisor.snapshot.checkpoint import Checkpoint
     from hypervisor.snapshot.origin import Origin
-    from hypervisor.snapshot.store import Snapshot
 
 T = TypeVar("T")
 
 STOP_SECONDS: Final = 10.0
-MOST_EVERY: Final = (1 << 32) - 1
-GIVEN_AWAY: Final = {Stop.MIGRATED, Stop.SUSPENDED}
 AFTER_PANIC: Final = {Stop.RESET, Stop.POWER_OFF, Stop.HALTED, Stop.TRIPLE_FAULT}
 """What a kernel may do after it has panicked, and is not to be blamed on anything else."""
 
 
-class Machine:
+class Machine(Moments, Observed):
     """A virtual machine: built by its constructor, running from `start` until its outcome.
 
     Devices may be added to `bus_pio` and `bus_mmio` before `start`. A context manager: leaving it ends the guest and
@@ -330,244 +324,6 @@ class Machine:
         """Whether `pause` was called last, and not `resume`."""
         return self._is_paused
 
-    # --- its state ----------------------------------------------------------------------------------------------------
-
-    def stand_still(self, function: Callable[[], T]) -> T:
-        """Return what `function` does while nothing moves: no vCPU, no queue of a device, no timer, no input.
-
-        It runs in the event loop's thread. A machine that was paused before stays so.
-
-        Raises:
-            SnapshotError: the machine has ended.
-        """
-        with self._still:
-            was_paused = self._is_paused
-            if self._started:
-                self.pause()
-            try:
-                if self._outcome is not None:
-                    raise SnapshotError("the machine has ended", hint=f"{self._outcome.message}")
-                return self.loop.run(lambda: self._without_devices(function))
-            finally:
-                if not was_paused and self._started:
-                    self.resume()
-
-    def _without_devices(self, function: Callable[[], T], *, resume: bool = False) -> T:
-        self.console.pump()
-        self.debug_console.pump()
-        if self._virtio is None or not self._started:
-            return function()
-        self._virtio.quiesce()
-        try:
-            return function()
-        finally:
-            if resume or self._outcome is None:  # what was given away must not touch its disks any more
-                self._virtio.resume()
-
-    def go_back(self, function: Callable[[], T], *, revive: bool = True) -> T:
-        """Do as `stand_still`, for a `function` that puts the machine where it was; one that has ended lives again.
-
-        Args:
-            function: what to do.
-            revive: False: one that has ended stays so.
-
-        Raises:
-            SnapshotError: the machine was closed, or failed by a fault of the VMM.
-        """
-        with self._still:
-            if self._outcome is None:
-                return self.stand_still(function)
-            if self.is_closed or self._outcome.reason is Stop.FAULT:
-                raise SnapshotError("the machine cannot go back: it has failed or was closed")
-            self._settle()
-            result = self.loop.run(lambda: self._without_devices(function, resume=revive))
-            if revive:
-                self._revive()
-            return result
-
-    def _revive(self) -> None:
-        """Go on after an end; the state is that of a time before."""
-        with self._lock:
-            self._outcome = None
-            self._done.clear()
-        self._clock = Clock(self.vcpus[0].handle.tsc_khz())
-        self._live = None
-        for vcpu in self.vcpus:
-            vcpu.revive(paused=self._is_paused)
-
-    def checkpoint(self) -> Checkpoint:
-        """Take this moment, to bring the machine back to it in place with `Checkpoint.reset`, as often as one likes.
-
-        From here on KVM logs which pages change, and writes to disks are kept in memory. A machine has one checkpoint
-        at a time.
-
-        Raises:
-            SnapshotError: the machine has ended, or has one already.
-            HostError: the host does not give the memory for it: as much as the guest uses.
-        """
-        from hypervisor.snapshot.checkpoint import Checkpoint  # noqa: PLC0415 - for those who want one
-
-        if self.memory.is_tracked:
-            raise SnapshotError("the machine has a checkpoint, or is being moved", hint="close the checkpoint first")
-        return Checkpoint(self)
-
-    def capture(self) -> dict[str, Any]:
-        """Return all of its state but RAM and disks, as plain values; for a `function` of `stand_still`."""
-        from hypervisor.kvm.state import save, to_plain  # noqa: PLC0415 - for those who save
-
-        return {
-            "booted": self._booted(),
-            "kvm": to_plain(save(self._vm, self.msr_indices())),
-            **self.device_states(),
-        }
-
-    @property
-    def vm(self) -> Vm:
-        """The handle of its VM."""
-        return self._vm
-
-    def msr_indices(self) -> list[int]:
-        """Return the MSRs that make up a vCPU's state on this host."""
-        return self._kvm.msr_indices()
-
-    def device_states(self) -> dict[str, Any]:
-        """Return the state of all device models, as plain values; for a `function` of `stand_still`."""
-        return {"devices": self._pc.state(), "virtio": {} if self._virtio is None else self._virtio.state()}
-
-    def load_devices(self, state: Mapping[str, Any]) -> None:
-        """Put all device models into a state of `device_states`; raises KeyError, TypeError or ValueError."""
-        self._pc.load(state["devices"])
-        if self._virtio is not None:
-            self._virtio.load(state["virtio"])
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        base: str | os.PathLike[str] | None = None,
-        compress: bool = False,
-        suspend: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        """Save the machine to a directory, a snapshot; the guest stands still meanwhile.
-
-        Args:
-            path: of the directory; a snapshot that is there already is replaced, as a whole.
-            base: another snapshot of it: only what has changed since is saved, and the other is needed to restore.
-            compress: the memory.
-            suspend: end the machine then, and do not copy its disks: it goes on with them as they are.
-            progress: called now and then with bytes of memory done, and all of them.
-
-        Raises:
-            SnapshotError: there is something else at `path`, `base` is none of this machine, or it has ended.
-            HostError: the host does not take it (SaveError); what was at `path` is as it was.
-        """
-        from hypervisor.snapshot.machines import save  # noqa: PLC0415 - for those who save
-
-        save(self, path, base=base, compress=compress, suspend=suspend, progress=progress)
-
-    @classmethod
-    def restore(
-        cls,
-        snapshot: str | os.PathLike[str] | Snapshot,
-        *,
-        clone: bool = False,
-        verify: bool = True,
-        advance: bool = False,
-        **changes: Any,
-    ) -> Self:
-        """Return a machine that goes on from a snapshot when it is started. Memory is read as the guest touches it.
-
-        Args:
-            snapshot: its directory, or one that is open.
-            clone: make a machine that can run beside others from the same snapshot: network addresses, the vsock
-                device's address and the generation identifier are new, sockets and files of ports and captures get
-                names of their own, and what it writes to disks is kept in memory.
-            verify: compare memory and disks with their hashes first.
-            advance: let the guest's clocks be where they would be had it run all the while.
-            changes: values of its description that are others now, such as paths; the same devices must be there.
-
-        Raises:
-            SnapshotError: it is damaged, of another version, not of such a machine, or does not run on this host.
-            ConfigError, HostError: as the constructor.
-        """
-        from hypervisor.snapshot.machines import apart, origin_of  # noqa: PLC0415 - for those who restore
-        from hypervisor.snapshot.store import Snapshot  # noqa: PLC0415 - the same
-
-        with ExitStack() as stack:
-            if not isinstance(snapshot, Snapshot):
-                snapshot = stack.enter_context(Snapshot.open(snapshot))
-            config = snapshot.config
-            config = config.replace(**(apart(config) if clone else {}) | changes)
-            origin = origin_of(snapshot, clone=clone, verify=verify)
-            try:
-                machine = cls(config, origin=origin)
-            finally:
-                if origin.content is not None:
-                    os.close(origin.content.fd)
-            try:
-                machine.load(snapshot.state, advance=advance)
-            except BaseException:
-                machine.close()
-                raise
-        machine._is_copy = clone
-        return machine
-
-    def save_disks(self, folder: str, *, mode: str) -> dict[str, Any]:
-        """Save every disk, see `VirtioBoard.save_disks`; for a `function` of `stand_still`."""
-        return {} if self._virtio is None else self._virtio.save_disks(folder, mode=mode)
-
-    def _become_another(self) -> None:
-        """Tell the guest that it is a copy: new network addresses, vsock address and generation identifier.
-
-        What its programs made of the old ones, such as a machine id, is theirs to make anew.
-        """
-        if self._virtio is not None:
-            self._virtio.renew_addresses()
-        self._pc.vmgenid.renew()
-
-    def describe(self) -> dict[str, Any]:
-        """Return what another process needs to build a machine that can take this one's state, as plain values."""
-        from hypervisor.kvm.vcpu_state import read_cpuid  # noqa: PLC0415 - for those who move a machine
-
-        boot = self.vcpus[0]
-        table = boot.call(lambda: read_cpuid(boot.handle.fileno()))
-        return {"config": self.config.to_plain(), "cpuid": [list(row) for row in table], "booted": self._booted()}
-
-    def log_changes(self) -> Dirty:
-        """Begin to log which pages of RAM change, whoever writes them; until it is closed."""
-        from hypervisor.kvm.dirty import Dirty  # noqa: PLC0415 - for those who move a machine
-
-        return Dirty(self._vm, self.memory.marks)
-
-    def _booted(self) -> dict[str, Any]:
-        plan = self.boot_plan
-        symbols = self._symbols
-        if symbols is None and plan.symbols is not None and isinstance(self.config.kernel, str | os.PathLike):
-            symbols = os.path.abspath(self.config.kernel)
-        return {"kind": plan.kind, "is_linux": plan.is_linux, "release": plan.release, "symbols": symbols}
-
-    def load(self, state: Mapping[str, Any], *, advance: bool = False) -> None:
-        """Put the machine into a state that `capture` returned, here or elsewhere; its RAM is there already.
-
-        For a machine made from an Origin before `start`, or a `function` of `stand_still`.
-
-        Args:
-            state: of a machine with the same description.
-            advance: let the guest's clocks be where they would be had it run all the while.
-
-        Raises:
-            SnapshotError: the state is not one of such a machine.
-            HostError: this host lacks something that the guest uses.
-        """
-        from hypervisor.kvm.state import from_plain, load  # noqa: PLC0415 - for those who load
-
-        try:
-            self.load_devices(state)
-            load(self._vm, from_plain(state["kvm"]), advance=advance)  # last: the lines that the devices drive are set
-        except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:
-            raise SnapshotError(f"the state is not one of this machine: {type(error).__name__}: {error}") from error
-
     @property
     def devices(self) -> dict[str, VirtioDevice]:
         """The virtio devices' models, by name."""
@@ -622,138 +378,6 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # --- what its exits were ------------------------------------------------------------------------------------------
-
-    @property
-    def exits(self) -> Exits:
-        """All exits up to now, as a value to query: `machine.exits.pio("uart0").count`.
-
-        It may be asked from the start on, also after `close`.
-        """
-        return self._exits().exits()
-
-    def _exits(self) -> LiveExits:
-        from hypervisor.profile.live import LiveExits  # noqa: PLC0415 - for those who look
-
-        with self._lock:
-            if self._clock is None:
-                raise ConfigError("the machine has not been started", hint="its exits are counted from then on")
-            if self._live is None:
-                self._live = LiveExits(self.vcpus, self.bus_pio, self.bus_mmio, self._clock)
-            return self._live
-
-    def profile(self) -> Profile:
-        """Return where the time went up to now, as reports read it: all that `exits` has, and each vCPU's times."""
-        from hypervisor.profile.live import profile_of  # noqa: PLC0415 - for those who look
-
-        return profile_of(self._exits(), self._vm, self._facts())
-
-    def mark(self, name: str) -> bool:
-        """Give this moment a name, for `exits.between`; returns False when there are too many marks already."""
-        return self._exits().mark(name)
-
-    def mark_by_port(self, port: int) -> None:
-        """Let the guest make marks by writing bytes to a port, each called by its decimal value; before `start`."""
-        from devices.mark_port import MarkPort  # noqa: PLC0415 - for those who ask
-
-        self.bus_pio.claim(port, 1, MarkPort(lambda value: self.mark(str(value))), "marks")
-
-    def mark_by_text(self, pattern: str) -> None:
-        """Make a mark whenever a line of the console matches a regular expression; before `start`.
-
-        It is called what the first group matched, or the whole match without groups.
-
-        Raises:
-            ConfigError: it is no regular expression.
-        """
-        from hypervisor.profile.live import TextMarks  # noqa: PLC0415 - for those who ask
-
-        self.console.listeners.append(TextMarks(pattern, self.mark).take)
-
-    def record(self, path: str, *, every: int = 1, trace: bool = True, kernel: bool = True) -> None:
-        """Write a profile to a file while the machine runs; `hypervisor.profile.file.load` reads it. Before `start`.
-
-        Args:
-            path: of the file.
-            every: sample the place (RIP, CR3) of one exit in so many; 0: of none. It is the instruction that left the
-                guest, but after a write that KVM has done already the one behind it: always of memory, of ports on a
-                software KVM.
-            trace: False: write counts and histograms only, not every single exit.
-            kernel: False: do not have the exits counted that KVM handles itself. Where the host allows that (root,
-                tracefs) it costs each exit of the guest, those too, two calls of a small program in the host's kernel.
-
-        Raises:
-            ConfigError: `every` is out of range, the machine has been started, or is recorded already.
-            HostError: the file cannot be made.
-        """
-        if not 0 <= every <= MOST_EVERY:
-            raise ConfigError(f"every is {every}", hint=f"it is 0 to {MOST_EVERY}")
-        if self._started or self._recording is not None:
-            raise ConfigError("a profile is recorded from the machine's start on, into one file")
-        from hypervisor.profile.recording import Recording  # noqa: PLC0415 - for those who ask
-
-        self._recording = Recording(
-            path,
-            vcpus=self.vcpus,
-            vm=self._vm,
-            memory=self.memory,
-            symbols=self._symbols,
-            is_linux=self.boot_plan.is_linux,
-            loop=self.loop,
-            facts=self._facts(),
-            every=every,
-            trace=trace,
-            kernel=kernel,
-        )
-
-    def _facts(self) -> dict[str, object]:
-        return {"kernel": self.boot_plan.kind, "cpus": self.config.cpus, "ram_mib": self.config.ram_mib}
-
-    def publish(self, name: str) -> None:
-        """Let this user's `hv top`, and `hypervisor.profile.live_client`, find the machine by a name. Before `start`.
-
-        Raises:
-            ConfigError: a living machine has this name, or it is none.
-            HostError: the host does not let us.
-        """
-        from hypervisor.control import Control  # noqa: PLC0415 - for those who ask
-
-        kernel = self.config.kernel
-        facts = {
-            "name": name,
-            "pid": os.getpid(),
-            "id": f"{os.getpid()}-{time.time_ns()}",
-            "kernel": "" if isinstance(kernel, bytes) else os.path.basename(os.fspath(kernel)),
-            "cpus": self.config.cpus,
-            "ram_mib": self.config.ram_mib,
-        }
-
-        def answer(kind: str) -> dict[str, Any]:
-            from hypervisor.profile.forms import form  # noqa: PLC0415 - for those who look
-            from hypervisor.profile.live import profile_of  # noqa: PLC0415 - the same
-
-            live = self._exits()  # this is the loop's thread, for which a vCPU may be waiting: it waits for none
-            return form(kind, live, facts, lambda: profile_of(live, self._vm, self._facts(), wait=False))
-
-        if self._control is not None:
-            raise ConfigError(f"the machine is known as {self._control.name!r} already")
-        self._control = Control(self.loop, name, answer, self._requests)
-
-    def _requests(self, request: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
-        """Have another process's request done."""
-        from hypervisor.requests import Requests  # noqa: PLC0415 - for those who ask
-
-        with self._lock:
-            if self._served is None:
-                self._served = Requests(self)
-        self._served.begin(request, reply)
-
-    def _answer_last(self) -> None:
-        """Let whoever had the machine moved or suspended get an answer: when all of it has gone."""
-        if self._served is not None and self._outcome is not None and self._outcome.reason in GIVEN_AWAY:
-            self._served.finish()
-            self.loop.run(lambda: None)  # the answer was on its way to the loop
 
     # --- ending -------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Only what holds on every kind of host is asserted: a software KVM leaves the gue
 hardware once for the lot; both hand a device the same elements in the same order.
 """
 
+import random
 import time
 from typing import NamedTuple
 
@@ -83,14 +84,50 @@ def config_of(name, **settings):
     return MachineConfig(kernel=name, **({"ram_mib": 16, "debug_exit": "raw"} | settings))
 
 
+@pytest.fixture(autouse=True, scope="module", params=["booted", "restored"])
+def way(request, tmp_path_factory):
+    """Run every guest twice: from its boot to its end, and saved on the way, the rest of it in a restored machine."""
+    Way.folder = tmp_path_factory.mktemp("saved") if request.param == "restored" else None
+    yield
+    Way.folder = None
+
+
+class Way:
+    folder = None
+    chance = random.Random(11)
+    moved = 0
+
+
 def run(name, *, port=TEST_PORT, **settings):
     """Run the guest called `name` to its end, with a recorder at four ports and one at a page of MMIO."""
     ports, memory = Recorder(), Memory()
-    with Machine(config_of(name, **settings)) as machine:
+
+    def claim(machine):
         machine.bus_pio.claim(port, 4, ports, "test-ports")
         machine.bus_mmio.claim(TEST_MMIO, 4096, memory, "test-memory")
+
+    with Machine(config_of(name, **settings)) as machine:
+        claim(machine)
+        if Way.folder is None or not saved_on_the_way(machine):
+            outcome = machine.wait(TIMEOUT) if Way.folder else machine.run(timeout=TIMEOUT)
+            return Run(outcome, machine.console.output, machine.debug_console.output, ports, memory)
+        first = machine.console.output, machine.debug_console.output
+    with Machine.restore(Way.folder / "snapshot") as machine:
+        claim(machine)
         outcome = machine.run(timeout=TIMEOUT)
-        return Run(outcome, machine.console.output, machine.debug_console.output, ports, memory)
+        return Run(outcome, first[0] + machine.console.output, first[1] + machine.debug_console.output, ports, memory)
+
+
+def saved_on_the_way(machine):
+    """Start a machine and save it at a random moment; return whether its guest had not ended by then."""
+    machine.start()
+    time.sleep(Way.chance.random() * 0.004)
+    machine.pause()
+    if machine.outcome is not None:
+        return False
+    machine.save(Way.folder / "snapshot", suspend=True)
+    Way.moved += 1
+    return True
 
 
 # --- saying hello -----------------------------------------------------------------------------------------------------
@@ -442,3 +479,7 @@ def test_hostile_reaches_the_last_byte_of_a_device(hostile):
 @pytest.mark.slow
 def test_hostile_at_every_port():
     assert run("hostile", append="1").status == 0
+
+
+def test_guests_were_saved_on_the_way():
+    assert Way.moved > 10 if Way.folder else Way.moved == 0
