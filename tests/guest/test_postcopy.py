@@ -24,6 +24,7 @@ pytestmark = pytest.mark.kvm
 TIMEOUT = 120
 MOVE = {"postcopy": True, "most_rounds": 1, "downtime": 0.030001}
 """What does not converge."""
+ASKED = 5
 PROGRAM = """
 import json, sys
 from hypervisor.migration.target import receive
@@ -64,7 +65,10 @@ def end_of(process):
 
 
 def everything_follows(monkeypatch, machine):
-    """Have all of memory change just before the stop, however little a busy host lets the guest do."""
+    """Have all of memory change just before the stop, however little a busy host lets the guest do.
+
+    What is not asked for goes only when ASKED pages were.
+    """
     fits = iter([False, True])  # memory does not fit into the downtime, disks do
     monkeypatch.setattr("hypervisor.migration.source._Source._fits", lambda *_: next(fits))
     stand_still = machine.stand_still
@@ -75,6 +79,8 @@ def everything_follows(monkeypatch, machine):
         return stand_still(function)
 
     monkeypatch.setattr(machine, "stand_still", late)
+    batch = PageServer._batch
+    monkeypatch.setattr(PageServer, "_batch", lambda self, most: batch(self, most) if self.asked >= ASKED else ())
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -92,7 +98,7 @@ def test_a_guest_that_does_not_converge_loses_nothing(tmp_path, monkeypatch, eve
     assert result.rounds <= 3
     if everything:
         assert result.late == machine.memory.size // 4096
-        assert result.asked > 0
+        assert result.asked >= ASKED
 
 
 def test_one_that_converges_needs_no_second_half(tmp_path):
