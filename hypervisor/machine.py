@@ -94,6 +94,7 @@ class Machine(Moments, Observed):
         self.boot_plan, self._symbols = plan_boot(config) if origin is None else origin.plan()
         self._origin = origin
         self._is_copy = False
+        self._since = (None, None)
         self.on_start: Callable[[], None] = lambda: None
         with ExitStack() as stack:
             self.memory = GuestMemory(config.ram_mib * layout.MIB, None if origin is None else origin.content)
@@ -356,6 +357,7 @@ class Machine(Moments, Observed):
     def close(self) -> None:
         """End the guest if it runs and give back memory, descriptors and threads."""
         self._is_closed = True
+        self.forget_changes()
         if self._started:
             self.kill()
         if self._recording is not None:

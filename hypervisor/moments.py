@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from hypervisor.clock import Clock
 from hypervisor.errors import SnapshotError
+from hypervisor.memory import PAGE
 from hypervisor.outcome import Outcome, Stop
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Moments:
     _lock: threading.Lock
     _outcome: Outcome | None
     _pc: Pc
+    _since: tuple[str | None, Dirty | None]
     _started: bool
     _still: threading.RLock
     _symbols: str | None
@@ -157,6 +159,7 @@ class Moments:
         """
         from hypervisor.snapshot.checkpoint import Checkpoint  # noqa: PLC0415 - for those who want one
 
+        self.forget_changes()
         if self.memory.is_tracked:
             raise SnapshotError("the machine has a checkpoint, or is being moved", hint="close the checkpoint first")
         return Checkpoint(cast("Machine", self))
@@ -190,13 +193,14 @@ class Moments:
         if self._virtio is not None:
             self._virtio.load(state["virtio"])
 
-    def save(
+    def save(  # noqa: PLR0913 - what the user may say
         self,
         path: str | os.PathLike[str],
         *,
         base: str | os.PathLike[str] | None = None,
         compress: bool = False,
         suspend: bool = False,
+        track: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Save the machine to a directory, a snapshot; the guest stands still meanwhile.
@@ -206,6 +210,8 @@ class Moments:
             base: another snapshot of it: only what has changed since is saved, and the other is needed to restore.
             compress: the memory.
             suspend: end the machine then, and do not copy its disks: it goes on with them as they are.
+            track: have logged which pages change from here on, whoever writes them: the next save whose base this one
+                is looks at those only. Without it all of memory is compared, by hash.
             progress: called now and then with bytes of memory done, and all of them.
 
         Raises:
@@ -214,7 +220,7 @@ class Moments:
         """
         from hypervisor.snapshot.machines import save  # noqa: PLC0415 - for those who save
 
-        save(cast("Machine", self), path, base=base, compress=compress, suspend=suspend, progress=progress)
+        save(cast("Machine", self), path, base=base, compress=compress, suspend=suspend, track=track, progress=progress)
 
     @classmethod
     def restore(
@@ -288,7 +294,35 @@ class Moments:
         """Begin to log which pages of RAM change, whoever writes them; until it is closed."""
         from hypervisor.kvm.dirty import Dirty  # noqa: PLC0415 - for those who move a machine
 
+        self.forget_changes()
         return Dirty(self._vm, self.memory.marks)
+
+    def changes_since(self, snapshot: str | None) -> bytes | None:
+        """Return which pages have changed since a snapshot was saved, a bit a page; None when nobody has logged that.
+
+        For a `function` of `stand_still`. They are told once: the log is over.
+        """
+        since, dirty = self._since
+        if dirty is None:
+            return None
+        pages = self.memory.size // PAGE
+        changed = dirty.collect().bitmap.tobytes()[: -(-pages // 8)] if since == snapshot else None
+        self.forget_changes()
+        return changed
+
+    def track_from(self, snapshot: str) -> None:
+        """Have changes logged from the snapshot on that is being saved; for a `function` of `stand_still`."""
+        dirty = self.log_changes()
+        dirty.collect()
+        self._since = (snapshot, dirty)
+
+    def forget_changes(self) -> None:
+        """Log no more for the next save."""
+        since, dirty = self._since
+        del since
+        if dirty is not None:
+            dirty.close()
+            self._since = (None, None)
 
     def _booted(self) -> dict[str, Any]:
         plan = self.boot_plan

@@ -91,8 +91,8 @@ class Requests:
         def tell(done: int, total: int) -> None:
             self._progress = {"done": done, "total": total}
 
-        suspend = request.get("suspend") is True
-        self._machine.save(path, base=base, compress=request.get("compress") is True, suspend=suspend, progress=tell)
+        how = {name: request.get(name) is True for name in ("compress", "suspend", "track")}
+        self._machine.save(path, base=base, **how, progress=tell)
         return {"saved": path}
 
     def _migrate(self, request: Mapping[str, Any]) -> dict[str, Any]:

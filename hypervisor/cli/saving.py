@@ -44,6 +44,7 @@ def configure_save(parser: argparse.ArgumentParser) -> None:
     add("machine", metavar="MACHINE", help="name of a running machine; `hv top` lists them")
     add("path", metavar="NAME", help="the snapshot's directory; one that is there is replaced")
     add("--base", metavar="SNAPSHOT", help="save only what differs from this one")
+    add("--track", action="store_true", help="log what changes from here on: the next save on this --base is quicker")
     add("--zstd", action="store_true", help="compress the memory")
     add("--suspend", action="store_true", help="end the machine then, and do not copy its disks")
 
@@ -72,6 +73,7 @@ def save(options: argparse.Namespace) -> int:
         "base": None if options.base is None else os.path.abspath(options.base),
         "compress": options.zstd,
         "suspend": options.suspend,
+        "track": options.track,
     }
 
     def show(told: dict[str, Any]) -> str:

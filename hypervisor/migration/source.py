@@ -107,6 +107,7 @@ def migrate(  # noqa: PLR0913 - what the user may say
         raise ConfigError(f"a downtime of {downtime:g} s", hint="it is a number of seconds above 0")
     if postcopy and tls is not None:
         raise ConfigError("post-copy does not go together with TLS", hint="use a tunnel, or leave out one of them")
+    machine.forget_changes()
     if machine.memory.is_tracked:
         raise ConfigError(
             "the machine has a checkpoint, or is being moved already", hint="give the checkpoint up first"

@@ -31,16 +31,18 @@ def save(  # noqa: PLR0913 - what the user may say
     base: str | os.PathLike[str] | None = None,
     compress: bool = False,
     suspend: bool = False,
+    track: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Save a machine; see `Machine.save`."""
     from hypervisor.snapshot.store import Snapshot
 
+    how: dict[str, Any] = {"compress": compress, "suspend": suspend, "track": track, "progress": progress}
     if base is None:
-        _save(machine, path, None, compress=compress, suspend=suspend, progress=progress)
+        _save(machine, path, None, **how)
     else:
         with Snapshot.open(base) as below:
-            _save(machine, path, below, compress=compress, suspend=suspend, progress=progress)
+            _save(machine, path, below, **how)
 
 
 def _save(  # noqa: PLR0913 - the same
@@ -50,6 +52,7 @@ def _save(  # noqa: PLR0913 - the same
     *,
     compress: bool,
     suspend: bool,
+    track: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     from hypervisor.snapshot import fit
@@ -65,7 +68,10 @@ def _save(  # noqa: PLR0913 - the same
             state = machine.capture()
             state["disks"] = _save_disks(machine, writer, mode="reference" if suspend else "copy")
             memory = machine.memory
-            writer.write_memory(memory.pages(0, memory.size // PAGE), memory.ranges)
+            changed = machine.changes_since(None if base is None else base.id)
+            writer.write_memory(memory.pages(0, memory.size // PAGE), memory.ranges, changed)
+            if track and not suspend:
+                machine.track_from(writer.id)
             if suspend:
                 commit(state)
                 machine.end(Outcome(Stop.SUSPENDED, message=f"the machine was saved to {os.fspath(path)}"))

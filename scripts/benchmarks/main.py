@@ -34,6 +34,7 @@ BENCHMARKS: Final = {
     "restore": ("restore", "a machine that goes on from a snapshot, to its first access"),
     "clones": ("restore", "a hundred machines at once from one snapshot: the memory that each takes"),
     "migration": ("migration", "a running machine moved to another process"),
+    "fixture": ("fixture", "the pytest fixture between two tests, in the emulated host, beside a boot (minutes)"),
     "memory": ("resources", "the VMM's own memory while a guest runs"),
     "machines": ("resources", "16 machines, one after another in one process: what is left"),
 }

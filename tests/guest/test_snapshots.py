@@ -108,6 +108,43 @@ def test_saved_restored_and_saved_again_at_random_moments(tmp_path):
         assert number > 1
 
 
+@pytest.mark.parametrize("virtio", [{}, {"nets": ["none"], "rng": True}])
+def test_changes_that_were_logged_are_all_that_there_are(tmp_path, virtio):
+    """Saves that look at logged pages only, against all of memory at the same moments."""
+    with Machine(config(journal(disk_of(tmp_path / "disk", "raw")) | virtio)) as machine:
+        seen = []
+        capture = machine.capture
+
+        def capture_too():
+            seen.append(machine.memory.read(0, machine.memory.size))
+            return capture()
+
+        machine.capture = capture_too
+        machine.pause()
+        machine.start()
+        machine.save(tmp_path / "0", track=True)
+        for number in range(1, 6):
+            machine.resume()
+            time.sleep(0.01)
+            machine.pause()
+            if machine.outcome is not None:
+                break
+            machine.save(tmp_path / f"{number}", base=tmp_path / f"{number - 1}", track=True)
+            assert machine.memory.is_tracked
+            assert memory_of(tmp_path / f"{number}") == seen[-1]
+        assert number > 1
+        machine.save(tmp_path / "other", base=tmp_path / "0")  # the log is of another one: all is compared
+        assert not machine.memory.is_tracked
+        assert memory_of(tmp_path / "other") == seen[-1]
+
+
+def memory_of(path):
+    with Snapshot.open(path) as snapshot:
+        fd, _, size = snapshot.map_memory()
+    with open(fd, "rb") as file:
+        return os.pread(file.fileno(), size, 0)
+
+
 def without_clocks(value):
     """Leave out of a state what moves on by itself."""
     moving = {"clock", "tsc_offset", "lapic", "pit", "msrs", "age_ns", "elapsed_ns", "remaining_ns"}
