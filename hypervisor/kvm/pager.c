@@ -20,7 +20,7 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
-enum { PAGE = 4096, WORD = 64, MESSAGES = 16, HOST_CANNOT = 3 };
+enum { PAGE = 4096, WORD = 64, MESSAGES = 16, HOST_CANNOT = 3, LAST_WORD_MS = 1000 };
 enum { NOBODY, OURS, GONE }; /* hv_pager.owner: whether the guest is ours when the source is lost */
 
 static int has(const uint64_t *bits, uint64_t page)
@@ -222,6 +222,18 @@ int hv_pager_take(struct hv_pager *pager)
     return __atomic_compare_exchange_n(&pager->owner, &owner, OURS, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
+/* The guest has ended, and needs no more: the source need not keep the rest. What is on its way is let pass first, as a
+ * connection that is closed with something unread may lose the last word too. */
+static int stop(struct hv_pager *pager)
+{
+    uint64_t all = HV_PAGER_ALL;
+    struct pollfd more = { .fd = pager->socket, .events = POLLIN };
+    if (__atomic_load_n(&pager->owner, __ATOMIC_SEQ_CST) == OURS && send(pager->socket, &all, sizeof all, MSG_NOSIGNAL) > 0)
+        while (poll(&more, 1, LAST_WORD_MS) == 1 && recv(pager->socket, pager->buffer, PAGE, 0) > 0)
+            ;
+    return HV_PAGER_STOPPED;
+}
+
 /* Fetch pages until all are here. Returns one of enum hv_pager_end. */
 int hv_pager_run(struct hv_pager *pager)
 {
@@ -233,10 +245,10 @@ int hv_pager_run(struct hv_pager *pager)
         if (count < 0 && errno == EINTR)
             continue;
         if (count > 0 && ready[2].revents)
-            return HV_PAGER_STOPPED;
+            return stop(pager);
         if (count <= 0 || (ready[0].revents && take_faults(pager)) || (ready[1].revents && take_pages(pager))) {
             struct pollfd stopped = { .fd = pager->stop_fd, .events = POLLIN };
-            return poll(&stopped, 1, 0) == 1 ? HV_PAGER_STOPPED : lose(pager);
+            return poll(&stopped, 1, 0) == 1 ? stop(pager) : lose(pager);
         }
     }
     unregister(pager);

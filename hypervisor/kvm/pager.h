@@ -1,7 +1,7 @@
 /* Memory that is still somewhere else: whoever touches a missing page of guest RAM (a vCPU, KVM, a device's thread, the
  * kernel for one of them) waits in the kernel until it has been fetched. userfaultfd tells which page it is.
  *
- * This end sends the number of a page that somebody waits for, and ALL when it has them all; the source sends runs of
+ * This end sends the number of a page that somebody waits for, and ALL when it needs no more; the source sends runs of
  * pages, those first that are waited for. Numbers are 64 bits, little-endian as on every host here. */
 #ifndef HV_PAGER_H
 #define HV_PAGER_H

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["ALL", "MOST_PAGES", "Pager", "open_userfaultfd"]
 
 ALL: Final = (1 << 64) - 1
-"""What this end sends in a page's place when it has all of them."""
+"""What this end sends in a page's place when it needs no more."""
 MOST_PAGES: Final[int] = lib.HV_PAGER_MOST
 """Pages of a run."""
 PAGE: Final = 4096

@@ -51,6 +51,7 @@ def target(address, program=PROGRAM):
             yield process
         finally:
             process.kill()
+            print("the target:", *process.communicate())  # for who reads why a test failed
 
 
 def dirtier(milliseconds, pages=400, mib=24):
@@ -99,6 +100,21 @@ def test_a_guest_that_does_not_converge_loses_nothing(tmp_path, monkeypatch, eve
     if everything:
         assert result.late == machine.memory.size // 4096
         assert result.asked >= ASKED
+
+
+def test_a_guest_that_ends_before_all_is_there_is_not_lost(tmp_path, monkeypatch):
+    """What it has not asked for is of no more use."""
+    address = f"unix:{tmp_path}/socket"
+    with target(address) as process, Machine(dirtier(800)) as machine:
+        everything_follows(monkeypatch, machine)
+        send, sent = PageServer._send, []
+        monkeypatch.setattr(PageServer, "_batch", lambda *_: (0, 1) if not sent else ())
+        monkeypatch.setattr(PageServer, "_send", lambda self, *run: (sent.append(run), send(self, *run)))
+        machine.start()
+        result = migrate(machine, address, **MOVE)
+        there = end_of(process)
+    assert (there["reason"], there["status"]) == ("GUEST_EXIT", 0)
+    assert len(sent) < result.late
 
 
 def test_one_that_converges_needs_no_second_half(tmp_path):
