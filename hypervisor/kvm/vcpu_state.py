@@ -42,6 +42,9 @@ MTRR_MSRS: Final = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x2
 MSR_MC0_CTL: Final = 0x400
 MSRS_PER_BANK: Final = 4
 MAX_CPUID_ENTRIES: Final = 256
+EFER_SVME: Final = 1 << 12
+NESTED_FORMAT: Final = slice(2, 4)
+"""Where struct kvm_nested_state says whose it is."""
 FPU_LEGACY_SIZE: Final = 512
 """The part of an XSAVE area that every CPU has (SDM volume 1, 13.4.1)."""
 
@@ -201,6 +204,16 @@ def _nested(vm: Vm, fd: int) -> bytes:
     return bytes(ffi.buffer(area, state.size))
 
 
+def _has_no_svm(state: VcpuState) -> bool:
+    """Whether the vCPU is an AMD one without EFER.SVME: then it has no nested state, and KVM takes none but its own.
+
+    What KVM reads there need not be what it takes back (arch/x86/kvm/svm/nested.c: flags have to be GIF alone).
+    """
+    form = int.from_bytes(state.nested[NESTED_FORMAT], "little")
+    efer = state.special["efer"]
+    return form == lib.KVM_STATE_NESTED_FORMAT_SVM and isinstance(efer, int) and not efer & EFER_SVME
+
+
 def _tsc_attribute(offset: Any) -> Any:
     attribute = ffi.new("struct kvm_device_attr *")
     attribute.group, attribute.attr = lib.KVM_VCPU_TSC_CTRL, lib.KVM_VCPU_TSC_OFFSET
@@ -318,7 +331,7 @@ def vcpu_steps(vm: Vm, vcpu: Vcpu, state: VcpuState, *, tsc: int, tsc_offset: in
     first = [] if tsc_offset is not None else [(MSR_TSC, tsc)]
     yield Step(lib.KVM_SET_MSRS, [*first, *(pair for pair in state.msrs.items() if pair[0] not in late)])
     yield _xsave_step(vm, state.xsave)
-    if state.nested:
+    if state.nested and not _has_no_svm(state):
         yield Step(lib.KVM_SET_NESTED_STATE, state.nested)
     if state.lapic:
         lapic = ffi.new("struct kvm_lapic_state *")

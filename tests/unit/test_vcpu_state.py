@@ -1,5 +1,7 @@
 """The order in which a vCPU's state is set, and what happens when KVM refuses, with a kernel made of lists."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypervisor.kvm._kvm import ffi, lib
 
@@ -7,7 +9,7 @@ from hypervisor.errors import HostError, KvmError
 from hypervisor.kvm import state as machine_state
 from hypervisor.kvm import vcpu_state
 from hypervisor.kvm.state import ClockState, MachineState, VmState, load
-from hypervisor.kvm.vcpu_state import Refusal, VcpuState, load_vcpu, save_vcpu, tell_paused
+from hypervisor.kvm.vcpu_state import Refusal, VcpuState, _has_no_svm, load_vcpu, save_vcpu, tell_paused
 
 EINVAL, ENXIO = 22, 6
 TSC, TSC_DEADLINE, EFER = 0x10, 0x6E0, 0xC000_0080
@@ -216,3 +218,13 @@ def test_a_state_of_another_machine():
         load(vm, MachineState(VmState(clock, {"ioapic": bytes(216)}, b""), []))
     with pytest.raises(ValueError, match="other interrupt controllers or timers"):
         load(vm, MachineState(VmState(clock, {}, bytes(112)), []))
+
+
+@pytest.mark.parametrize(
+    ("form", "efer", "left_out"),
+    [(1, 0x500, True), (1, 0x1500, False), (0, 0x500, False)],  # KVM_STATE_NESTED_FORMAT_VMX is 0, _SVM 1
+)
+def test_the_nested_state_of_a_guest_that_is_no_hypervisor_is_left_out(form, efer, left_out):
+    nested = (0).to_bytes(2, "little") + form.to_bytes(2, "little") + (128).to_bytes(4, "little") + bytes(120)
+    state = SimpleNamespace(nested=nested, special={"efer": efer})
+    assert _has_no_svm(state) is left_out
