@@ -313,13 +313,7 @@ class Vcpu:
 
     def set_cpuid(self, entries: Sequence[tuple[int, int, int, int, int, int, int]]) -> None:
         """Give the vCPU its CPUID table: rows of function, index, flags, eax, ebx, ecx, edx."""
-        table = ffi.new("struct kvm_cpuid2 *", {"entries": len(entries)})
-        table.nent = len(entries)
-        for row, (function, index, flags, eax, ebx, ecx, edx) in zip(
-            table.entries[0 : len(entries)], entries, strict=True
-        ):
-            row.function, row.index, row.flags = function, index, flags
-            row.eax, row.ebx, row.ecx, row.edx = eax, ebx, ecx, edx
+        table = ffi.new("struct kvm_cpuid2 *", {"nent": len(entries), "entries": [tuple(row) for row in entries]})
         control(self._fd, lib.KVM_SET_CPUID2, table)
 
     def set_msrs(self, values: Sequence[tuple[int, int]]) -> int:
@@ -329,12 +323,7 @@ class Vcpu:
     @staticmethod
     def msr_table(values: Sequence[tuple[int, int]]) -> Any:
         """Return the struct kvm_msrs with these (index, value) pairs."""
-        table = ffi.new("struct kvm_msrs *", {"entries": len(values)})
-        table.nmsrs = len(values)
-        for entry, (index, data) in zip(table.entries[0 : len(values)], values, strict=True):
-            entry.index = index
-            entry.data = data
-        return table
+        return ffi.new("struct kvm_msrs *", {"nmsrs": len(values), "entries": list(values)})
 
     def lapic(self) -> bytearray:
         """Return the local APIC's register page (1 KiB)."""
