@@ -9,10 +9,14 @@ import time
 
 import pytest
 
+from hypervisor.host import is_software_kvm
+
 pytestmark = pytest.mark.kvm
 
-TIMEOUT = 60
-GUEST = ["dirtier", "--ram", "96", "--append", "4000 5 2000000 24", "--debug-exit", "raw"]
+TIMEOUT = 120
+SLICES = 4000 if is_software_kvm() else 20000
+"""Of a millisecond or so: an emulated host takes seconds for each command."""
+GUEST = ["dirtier", "--ram", "96", "--append", f"{SLICES} 5 2000000 24", "--debug-exit", "raw"]
 
 
 @pytest.fixture(autouse=True)

@@ -36,11 +36,15 @@ def dirtier(milliseconds, pages=5):
     return DIRTIER | {"append": f"{milliseconds} {pages} {ticks} 24"}
 
 
+TARGETS = []
+
+
 class Target:
     """A target in this process: takes one machine and runs it to its end."""
 
     def __init__(self, path):
         self.listener = Listener(f"unix:{path}")
+        TARGETS.append(self)
         self.outcome = self.error = None
         self.output = b""
         self.thread = threading.Thread(target=self._main)
@@ -60,12 +64,19 @@ class Target:
         return self
 
 
+@pytest.fixture(autouse=True)
+def no_target_stays():
+    yield
+    while TARGETS:
+        TARGETS.pop().end()
+
+
 @pytest.mark.parametrize("name", ["checksum", "four", "pit"])
 def test_a_moved_guest_goes_on_as_if_nothing_had_been(tmp_path, name):
     work = {
         "checksum": {"kernel": "checksum", "append": "20000000" if IS_SOFTWARE else "200000000"},
         "four": {"kernel": "late-ap", "cpus": 4, "append": "20000" if IS_SOFTWARE else "300000000"},
-        "pit": {"kernel": "timer"},
+        "pit": {"kernel": "timer", "append": "10" if IS_SOFTWARE else "300"},
     }
     settings = work[name]
     with Machine(config(settings)) as machine:
