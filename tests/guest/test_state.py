@@ -40,8 +40,8 @@ GUESTS = {
     "four": {"kernel": "late-ap", "cpus": 4, "append": WORK},
     "ipi": {"kernel": "ipi", "cpus": 2},
 }
-"""An emulated AMD-V loses wake-ups, and "ipi" has no timer that would end a sleep: there it may never end, undisturbed as
-well."""
+"""An emulated AMD-V loses wake-ups, and "ipi" has no timer that would end a sleep: there it may never end, disturbed or
+not."""
 
 
 def alone(settings):
