@@ -183,7 +183,7 @@ def test_a_journal_is_kept_by_one_machine_after_the_other(tmp_path):
         if taken is None:
             break
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
-    assert moves >= 4
+    assert moves >= 2, "it was hardly ever stopped"
     assert said.decode() == "REDONE 0 NEXT 1\n" + "".join(f"DONE {number}\n" for number in range(1, count + 1))
     assert sectors(path.read_bytes(), PLACES, PLACE_COUNT) == state_after(count)
 
