@@ -50,7 +50,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "test_times.py")
         path.write_text(TESTS.format(resets=resets, boots=boots))
-        options = ["-q", "-p", "no:cacheprovider", f"--guest-kernel={kernel}", f"--rootdir={folder}", str(path)]
+        # the emulated host has the checkout, and no package that brings its plugin
+        options = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "hypervisor.testing.plugin",
+            f"--guest-kernel={kernel}",
+            f"--rootdir={folder}",
+            str(path),
+        ]
         stdout, sys.stdout = sys.stdout, sys.stderr
         pytest.main(options, plugins=[times])
         sys.stdout = stdout
