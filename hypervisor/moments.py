@@ -129,7 +129,7 @@ class Moments:
         with self._still:
             if self._outcome is None:
                 return self.stand_still(function)
-            if self.is_closed or self._outcome.reason is Stop.FAULT:
+            if self.is_closed or (revive and self._outcome.reason is Stop.FAULT):
                 raise SnapshotError("the machine cannot go back: it has failed or was closed")
             self._settle()
             result = self.loop.run(lambda: self._without_devices(function, resume=revive))
@@ -318,8 +318,7 @@ class Moments:
 
     def forget_changes(self) -> None:
         """Log no more for the next save."""
-        since, dirty = self._since
-        del since
+        dirty = self._since[1]
         if dirty is not None:
             dirty.close()
             self._since = (None, None)

@@ -34,14 +34,14 @@ class Checkpoint:
     def _take(self) -> None:
         machine = self._machine
         self._state: dict[str, Any] = machine.device_states()
-        for image in machine.images.values():
-            image.checkpoint()
         self._rewind = Rewind(
             machine.vm,
             machine.memory.marks,
             machine.msr_indices(),
             devices=Devices(load=lambda: machine.load_devices(self._state)),
         )
+        for image in machine.images.values():  # after what the host may refuse
+            image.checkpoint()
 
     @property
     def resets(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hypervisor.errors import HostError, SnapshotError
@@ -35,31 +36,14 @@ def save(  # noqa: PLR0913 - what the user may say
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Save a machine; see `Machine.save`."""
-    from hypervisor.snapshot.store import Snapshot
-
-    how: dict[str, Any] = {"compress": compress, "suspend": suspend, "track": track, "progress": progress}
-    if base is None:
-        _save(machine, path, None, **how)
-    else:
-        with Snapshot.open(base) as below:
-            _save(machine, path, below, **how)
-
-
-def _save(  # noqa: PLR0913 - the same
-    machine: Machine,
-    path: str | os.PathLike[str],
-    base: Snapshot | None,
-    *,
-    compress: bool,
-    suspend: bool,
-    track: bool,
-    progress: Callable[[int, int], None] | None,
-) -> None:
     from hypervisor.snapshot import fit
-    from hypervisor.snapshot.store import Writer
+    from hypervisor.snapshot.store import Snapshot, Writer
 
     host = fit.this_host()
-    with Writer(path, base=base, compress=compress, progress=progress) as writer:
+    with (
+        nullcontext() if base is None else Snapshot.open(base) as below,
+        Writer(path, base=below, compress=compress, progress=progress) as writer,
+    ):
 
         def commit(state: dict[str, Any]) -> None:
             writer.commit(state, config=machine.config.to_plain(), host=fit.facts(host, state))
@@ -68,7 +52,7 @@ def _save(  # noqa: PLR0913 - the same
             state = machine.capture()
             state["disks"] = _save_disks(machine, writer, mode="reference" if suspend else "copy")
             memory = machine.memory
-            changed = machine.changes_since(None if base is None else base.id)
+            changed = machine.changes_since(None if below is None else below.id)
             writer.write_memory(memory.pages(0, memory.size // PAGE), memory.ranges, changed)
             if track and not suspend:
                 machine.track_from(writer.id)

@@ -143,6 +143,27 @@ def test_a_closed_machine_does_not_go_back():
     checkpoint.close()
 
 
+def test_a_fault_of_a_device_is_not_hidden_by_the_end_of_a_checkpoint():
+    class Broken:
+        def read(self, offset, size):
+            raise ZeroDivisionError
+
+        def write(self, offset, size, value):
+            raise ZeroDivisionError
+
+    with Machine(config({"kernel": "pio-loop"})) as machine:
+        machine.bus_pio.claim(0x5658, 4, Broken(), "broken")
+        machine.pause()
+        machine.start()
+        checkpoint = machine.checkpoint()
+        machine.resume()
+        with pytest.raises(ZeroDivisionError):
+            machine.wait(TIMEOUT)
+        checkpoint.close()
+        with pytest.raises(SnapshotError, match="cannot go back"):
+            checkpoint.reset()
+
+
 def test_a_restored_machine_has_checkpoints(tmp_path):
     with stopped(GUESTS["checksum"]) as machine:
         machine.save(tmp_path / "s")
