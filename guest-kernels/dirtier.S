@@ -1,9 +1,10 @@
 # summary: writes to memory at a steady pace in ring 3, then checks every page (numbers: slices, pages, ticks, MiB)
 # build: multiboot
 #
-# Four numbers may be given: slices (1000), pages that are written in each (13), TSC ticks that one takes at least
-# (1000000), MiB of memory from 64 MiB on that the pages lie in (384). A page's first word counts its writes, the second
-# adds its own number each time. Status 0: all pages are as they were written; 1: one is not; 2: one write is missing.
+# Four numbers may be given: slices (1000; 0: until something is typed at the console), pages that are written in each
+# (13), TSC ticks that one takes at least (1000000), MiB of memory from 64 MiB on that the pages lie in (384). A page's
+# first word counts its writes, the second adds its own number each time. Status 0: all pages are as they were written;
+# 1: one is not; 2: one write is missing.
 .include "multiboot.inc"
 .include "console.inc"
 .include "arguments.inc"
@@ -34,6 +35,7 @@ START
     call load_tables
     GATE64 BREAKPOINT, system_call, USER_GATE
     DESCRIBE_TSS
+    and byte ptr [io_bitmap + COM1_LSR / 8], ~(1 << (COM1_LSR % 8)) & 0xff
     ENTER_LONG_MODE
     LOAD_TSS
     PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED
@@ -66,30 +68,37 @@ program:
     cmp rax, r14
     jb 3b
     mov r14, rax
+    test r15d, r15d
+    jz 4f
     dec r15d
     jnz 1b
+    jmp 5f
+4:  mov dx, COM1_LSR
+    in al, dx
+    test al, LSR_DATA_READY
+    jz 1b
 
-    xor edi, edi
+5:  xor edi, edi
     xor ecx, ecx                # a page
     xor r13d, r13d              # writes that are found
-4:  mov rax, rcx
+6:  mov rax, rcx
     shl rax, 12
     mov rdx, [rax + BASE]
     add r13, rdx
     imul rdx, rcx
     cmp rdx, [rax + BASE + 8]
-    je 5f
+    je 7f
     mov edi, 1
-5:  inc ecx
+7:  inc ecx
     cmp ecx, [rip + room]
-    jne 4b
+    jne 6b
     test edi, edi
-    jnz 6f
+    jnz 8f
     cmp r13, r12
-    je 6f
+    je 8f
     mov edi, 2
-6:  int3
-    jmp 6b
+8:  int3
+    jmp 8b
 
 now:                            # RAX: the TSC. Changes RDX.
     rdtsc

@@ -13,7 +13,7 @@ from hypervisor.outcome import Outcome, Stop
 pytestmark = pytest.mark.kvm
 
 TIMEOUT = 120
-WORK = "20000" if is_software_kvm() else "3000000"
+WORK = "20000" if is_software_kvm() else "30000000"
 GUESTS = {
     "checksum": {"kernel": "checksum"},
     "deadline": {"kernel": "checksum", "append": "3000000 1"},

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kvm
 
 TIMEOUT = 120
 IS_SOFTWARE = is_software_kvm()
-WORK = "20000" if IS_SOFTWARE else "3000000"
+WORK = "20000" if IS_SOFTWARE else "30000000"
 ALTERED = 60 if IS_SOFTWARE else 12
 """Values of a state that are replaced, for each kind of nonsense; an emulated host takes its time for each."""
 GUESTS = {

@@ -29,7 +29,7 @@ TIMER_CURRENT, IRR = 0x390, 0x200  # SDM volume 3, table 11-1
 
 PERIODIC = {"kernel": "checksum"}
 DEADLINE = {"kernel": "checksum", "append": "3000000 1"}
-WORK = "20000" if is_software_kvm() else "3000000"
+WORK = "20000" if is_software_kvm() else "30000000"
 SPINS = "30000" if is_software_kvm() else "30000000"
 """Rounds of nothing that take a tenth of a second or more."""
 GUESTS = {
