@@ -230,6 +230,7 @@ class Moments:
         clone: bool = False,
         verify: bool = True,
         advance: bool = False,
+        lazy: bool = False,
         **changes: Any,
     ) -> Self:
         """Return a machine that goes on from a snapshot when it is started. Memory is read as the guest touches it.
@@ -241,6 +242,10 @@ class Moments:
                 names of their own, and what it writes to disks is kept in memory.
             verify: compare memory and disks with their hashes first.
             advance: let the guest's clocks be where they would be had it run all the while.
+            lazy: do not wait until memory that is compressed, or a change to another snapshot's, has been put together:
+                the guest begins at once, and another process unpacks what it touches, and the rest meanwhile. Such
+                memory is verified as it is unpacked; the machine ends with Stop.LOST where it is damaged. Machines
+                share none of it. Memory that is mapped as it is needs none of this.
             changes: values of its description that are others now, such as paths; the same devices must be there.
 
         Raises:
@@ -255,13 +260,20 @@ class Moments:
                 snapshot = stack.enter_context(Snapshot.open(snapshot))
             config = snapshot.config
             config = config.replace(**(apart(config) if clone else {}) | changes)
-            origin = origin_of(snapshot, clone=clone, verify=verify)
+            unpacking = None
+            if lazy and snapshot.is_packed:
+                from hypervisor.snapshot.lazy import Unpacking  # noqa: PLC0415 - for those who do not wait
+
+                unpacking = stack.enter_context(Unpacking(snapshot, verify=verify))
+            origin = origin_of(snapshot, clone=clone, verify=verify, memory=unpacking is None)
             try:
                 machine = cls(config, origin=origin)
             finally:
                 if origin.content is not None:
                     os.close(origin.content.fd)
             try:
+                if unpacking is not None:
+                    unpacking.serve(cast("Machine", machine))
                 machine.load(snapshot.state, advance=advance)
             except BaseException:
                 machine.close()

@@ -29,6 +29,7 @@ RESTORE_EPILOG: Final = """\
 examples:
   hv snapshot restore booted                 to this terminal
   hv snapshot restore booted --clone         as one of many: new network addresses and generation identifier
+  hv snapshot restore packed --lazy          begins at once, however large it is, and is unpacked as it is touched
   hv snapshot restore booted --clone --net user,forward=2223:22
 
 A disk that was copied into the snapshot stays as it is there: what the guest writes is kept in memory, and gone at the
@@ -55,6 +56,7 @@ def configure_restore(parser: argparse.ArgumentParser) -> None:
     add("path", metavar="NAME", help="the snapshot's directory")
     add("--clone", action="store_true", help="be one of many that go on from it")
     add("--no-verify", dest="verify", action="store_false", help="do not compare memory and disks with their hashes")
+    add("--lazy", action="store_true", help="begin before a compressed or differential snapshot is put together")
     add("--advance", action="store_true", help="let the guest's clocks go on as if it had run all the while")
     add("--net", dest="nets", action="append", metavar="KIND[,...]", help="networks instead of those it had, in order")
     add("--port", dest="ports", action="append", metavar="[NAME],WHERE", help="console ports instead of those it had")
@@ -142,5 +144,5 @@ def restore(options: argparse.Namespace) -> int:
     changes = {
         name: getattr(options, name) for name in ("nets", "ports", "vsock") if getattr(options, name) is not None
     }
-    how = {"clone": options.clone, "verify": options.verify, "advance": options.advance}
+    how = {"clone": options.clone, "verify": options.verify, "advance": options.advance, "lazy": options.lazy}
     return serve(lambda: Machine.restore(options.path, **how, **changes), default_settings() | given)

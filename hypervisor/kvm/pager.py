@@ -15,12 +15,8 @@ if TYPE_CHECKING:
 
     from hypervisor.kvm.dirty import Marks
 
-__all__ = ["ALL", "MOST_PAGES", "Pager", "open_userfaultfd"]
+__all__ = ["Pager", "open_userfaultfd"]
 
-ALL: Final = (1 << 64) - 1
-"""What this end sends in a page's place when it needs no more."""
-MOST_PAGES: Final[int] = lib.HV_PAGER_MOST
-"""Pages of a run."""
 PAGE: Final = 4096
 GRACE_MS: Final = 5000
 
@@ -31,7 +27,7 @@ def open_userfaultfd() -> int:
     if fd < 0:
         raise HostError(
             f"this host gives no userfaultfd for the kernel's accesses: {os.strerror(-fd)}",
-            hint="be root, or set vm.unprivileged_userfaultfd, or have /dev/userfaultfd; or move without --postcopy",
+            hint="be root, set vm.unprivileged_userfaultfd or have /dev/userfaultfd; or go without --postcopy, --lazy",
         )
     return fd
 
@@ -39,14 +35,14 @@ def open_userfaultfd() -> int:
 class Pager:
     """Fetches pages of one machine's RAM, in a thread that needs the GIL only at its end."""
 
-    def __init__(self, userfaultfd: int, connection: socket.socket, marks: Marks, *, seconds: float) -> None:
+    def __init__(self, userfaultfd: int, connection: socket.socket, marks: Marks, *, seconds: float | None) -> None:
         """Serve a machine's RAM; takes both descriptors over.
 
         Args:
             userfaultfd: see `open_userfaultfd`.
             connection: to the source.
             marks: of the RAM.
-            seconds: a source that is silent for so long is gone.
+            seconds: a source that is silent for so long is gone; None: its connection tells.
         """
         self._fd = userfaultfd
         self._connection = connection
@@ -58,7 +54,7 @@ class Pager:
         if made == ffi.NULL:
             raise MemoryError
         self._c = ffi.gc(made, lib.hv_pager_free)
-        self._c.timeout_ms = int(seconds * 1e3)
+        self._c.timeout_ms = -1 if seconds is None else int(seconds * 1e3)
         self._c.grace_ms = GRACE_MS
         self._threads: list[threading.Thread] = []
 

@@ -80,13 +80,14 @@ def _save_disks(machine: Machine, writer: Writer, *, mode: str) -> dict[str, Any
 # --- out of them ------------------------------------------------------------------------------------------------------
 
 
-def origin_of(snapshot: Snapshot, *, clone: bool, verify: bool) -> Origin:
+def origin_of(snapshot: Snapshot, *, clone: bool, verify: bool, memory: bool = True) -> Origin:
     """Return what a machine goes on from that was saved.
 
     Args:
         snapshot: an open one; it may be closed once the machine is built.
         clone: the machine is one of many.
         verify: compare memory and disks with their hashes first.
+        memory: False: its RAM is to be filled by other means.
 
     Raises:
         SnapshotError: it is damaged, or does not run here.
@@ -101,10 +102,13 @@ def origin_of(snapshot: Snapshot, *, clone: bool, verify: bool) -> Origin:
     if verify:
         snapshot.verify(memory=False)
     state = snapshot.state
-    try:
-        fd, offset, _ = snapshot.map_memory(verify=verify)
-    except OSError as error:
-        raise HostError(f"cannot map the memory of {snapshot.path}: {error.strerror}") from error
+    content = None
+    if memory:
+        try:
+            fd, offset, _ = snapshot.map_memory(verify=verify)
+        except OSError as error:
+            raise HostError(f"cannot map the memory of {snapshot.path}: {error.strerror}") from error
+        content = Content(fd, offset)
     disks: Mapping[str, Any] = state.get("disks", {})
 
     def open_disk(name: str, disk: DiskConfig) -> Image:
@@ -115,7 +119,7 @@ def origin_of(snapshot: Snapshot, *, clone: bool, verify: bool) -> Origin:
             raise SnapshotError(f"{snapshot.path} has a disk {name} that cannot be read: {error}") from error
 
     booted = state.get("booted")
-    return Origin(booted if isinstance(booted, dict) else {}, Content(fd, offset), open_disk)
+    return Origin(booted if isinstance(booted, dict) else {}, content, open_disk)
 
 
 def apart(config: MachineConfig) -> dict[str, Any]:

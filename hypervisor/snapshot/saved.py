@@ -211,6 +211,12 @@ class Snapshot:
             if digest != layer.hash:
                 raise DamagedSnapshotError(layer.path, "is altered: its hash does not fit")
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its memory file cannot be mapped as it is: it is compressed, or has chunks of its parent's."""
+        entry = self.manifest.memory
+        return entry.codec != "raw" or bool(entry.base)
+
     def map_memory(self, *, verify: bool = True) -> tuple[int, int, int]:
         """Return (fd, offset, size) of a file that holds RAM, to be mapped privately; the caller closes the fd.
 
@@ -226,7 +232,7 @@ class Snapshot:
             OSError: the host has no memory for it.
         """
         entry = self.manifest.memory
-        if entry.codec == "raw" and not entry.base:
+        if not self.is_packed:
             if verify:
                 self.memory.verify()
             return os.dup(self.memory.fd), 0, entry.size

@@ -13,10 +13,10 @@ from test_journal import FOREVER, content, done_in, journal, new_disk, what_is_w
 
 from hypervisor import Machine, MachineConfig
 from hypervisor.errors import ConfigError, VmmError
-from hypervisor.migration.postcopy import PageServer
 from hypervisor.migration.source import migrate
 from hypervisor.migration.wire import Kind, MigrationError, Tls, connect
 from hypervisor.outcome import Stop
+from hypervisor.pageserver import PageServer
 from hypervisor.profile.live_client import request
 
 pytestmark = pytest.mark.kvm
@@ -158,19 +158,19 @@ def goes_on(machine):
 SOURCE = """
 import sys, time
 from hypervisor import Machine, MachineConfig
-from hypervisor.migration import postcopy
+from hypervisor import pageserver
 from hypervisor.migration.source import _Source, migrate
 fits = iter([False, True])
 _Source._fits = lambda *_: next(fits)
 left = int(sys.argv[2])
-send = postcopy.PageServer._send
+send = pageserver.PageServer._send
 def slow(self, first, count):
     global left
     if not left:
         time.sleep(100)
     left -= 1
     send(self, first, count)
-postcopy.PageServer._send = slow
+pageserver.PageServer._send = slow
 with Machine(MachineConfig("dirtier", ram_mib=224, debug_exit="raw", append="0 2000 2000000 150")) as machine:
     stand_still = machine.stand_still
     def late(function):
