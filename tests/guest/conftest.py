@@ -1,10 +1,15 @@
 """Small guests on whatever KVM there is. Without one these tests fail: then they belong into the emulated host."""
 
 import os
+import threading
+import time
 
 import pytest
 
 from hypervisor import Machine, MachineConfig
+
+GRACE = 10
+"""Seconds that threads may take to end: those of a request's answer are nobody's to wait for."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -12,6 +17,16 @@ def kvm_is_there():
     assert os.access("/dev/kvm", os.R_OK | os.W_OK), (
         "no usable /dev/kvm: run scripts/emulated-host -- pytest tests/guest"
     )
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    """A test closes its machines, and a machine that is closed has no threads."""
+    yield
+    deadline = time.monotonic() + GRACE
+    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("hv-")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
 
 
 @pytest.fixture

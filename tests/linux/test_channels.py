@@ -134,7 +134,7 @@ def vsock(shell, tmp_path):
     thread.start()
     assert read_all(end) == data
     thread.join(30)
-    assert shell.machine.console.expect(rb"echoed (\d+)", timeout=60)[1] == b"300000"
+    assert shell.machine.console.expect(rb"echoed (\d+)\s", timeout=60)[1] == b"300000"
     nobody = connect(tmp_path / "vsock")
     nobody.sendall(b"CONNECT 78\n")
     assert nobody.recv(100) == b""
