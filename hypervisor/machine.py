@@ -93,7 +93,7 @@ class Machine(Moments, Observed):
         cpuid.parse(config.cpu)  # the user's mistakes before the host's
         self.boot_plan, self._symbols = plan_boot(config) if origin is None else origin.plan()
         self._origin = origin
-        self._is_copy = False
+        self._is_copy = self._is_held = False
         self._since = (None, None)
         self.on_start: Callable[[], None] = lambda: None
         with ExitStack() as stack:

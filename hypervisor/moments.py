@@ -50,6 +50,7 @@ class Moments:
     _clock: Clock | None
     _done: threading.Event
     _is_copy: bool
+    _is_held: bool
     _is_paused: bool
     _kvm: Kvm
     _live: LiveExits | None
@@ -87,13 +88,14 @@ class Moments:
     def stand_still(self, function: Callable[[], T]) -> T:
         """Return what `function` does while nothing moves: no vCPU, no queue of a device, no timer, no input.
 
-        It runs in the event loop's thread. A machine that was paused before stays so.
+        It runs in the event loop's thread. A machine that was paused before stays so, and one that it called `hold` of.
 
         Raises:
             SnapshotError: the machine has ended.
         """
         with self._still:
             was_paused = self._is_paused
+            self._is_held = False
             if self._started:
                 self.pause()
             try:
@@ -101,8 +103,12 @@ class Moments:
                     raise SnapshotError("the machine has ended", hint=f"{self._outcome.message}")
                 return self.loop.run(lambda: self._without_devices(function))
             finally:
-                if not was_paused and self._started:
+                if not (was_paused or self._is_held) and self._started:
                     self.resume()
+
+    def hold(self) -> None:
+        """Be paused from here on; for a `function` of `stand_still`."""
+        self._is_held = True
 
     def _without_devices(self, function: Callable[[], T], *, resume: bool = False) -> T:
         self.console.pump()

@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from hypervisor.errors import ConfigError, VmmError
+from hypervisor.outcome import Outcome, Stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Requests"]
 
 LONG: Final = ("save", "migrate")
-SHORT: Final = ("pause", "resume", "progress", "cancel")
+SHORT: Final = ("pause", "resume", "settle", "progress", "cancel")
 
 
 class Requests:
@@ -32,6 +33,7 @@ class Requests:
         self._running = ""
         self._progress: dict[str, Any] = {}
         self._cancelled = threading.Event()
+        self._is_undecided = False  # whether the guest runs elsewhere
         self._thread: threading.Thread | None = None
 
     def begin(self, request: Mapping[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
@@ -79,8 +81,28 @@ class Requests:
 
     def _resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
         del request
+        self._must_be_decided()
         self._machine.resume()
         return {"paused": False}
+
+    def _must_be_decided(self) -> None:
+        if self._is_undecided:
+            raise ConfigError(
+                "it was handed over, and nobody knows whether it runs there", hint="`hv migrate settle`, once you know"
+            )
+
+    def _settle(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if not self._is_undecided:
+            raise ConfigError("there is nothing to settle: the machine is here")
+        is_here = request.get("here")
+        if not isinstance(is_here, bool):
+            raise ConfigError("settle: where is it?", hint='{"do": "settle", "here": true or false}')
+        self._is_undecided = False
+        if is_here:
+            self._machine.resume()
+        else:
+            self._machine.end(Outcome(Stop.MIGRATED))
+        return {"here": is_here}
 
     def _save(self, request: Mapping[str, Any]) -> dict[str, Any]:
         path = request.get("path")
@@ -97,25 +119,31 @@ class Requests:
 
     def _migrate(self, request: Mapping[str, Any]) -> dict[str, Any]:
         from hypervisor.migration.source import Progress, migrate  # noqa: PLC0415 - for those who migrate
-        from hypervisor.migration.wire import Tls  # noqa: PLC0415 - the same
+        from hypervisor.migration.wire import MigrationError, Tls  # noqa: PLC0415 - the same
 
         address, tls = request.get("to"), request.get("tls")
         if not isinstance(address, str):
             raise ConfigError("migrate: where to?", hint='{"do": "migrate", "to": ADDRESS}')
 
+        self._must_be_decided()
+
         def tell(progress: Progress) -> None:
             self._progress = progress._asdict()
 
-        result = migrate(
-            self._machine,
-            address,
-            downtime=float(request.get("downtime", 0.1)),
-            copy_disks=request.get("copy_disks") is True,
-            postcopy=request.get("postcopy") is True,
-            tls=None if tls is None else Tls(*tls),
-            progress=tell,
-            cancelled=self._cancelled,
-        )
+        try:
+            result = migrate(
+                self._machine,
+                address,
+                downtime=float(request.get("downtime", 0.1)),
+                copy_disks=request.get("copy_disks") is True,
+                postcopy=request.get("postcopy") is True,
+                tls=None if tls is None else Tls(*tls),
+                progress=tell,
+                cancelled=self._cancelled,
+            )
+        except MigrationError as error:
+            self._is_undecided = not error.is_certain and self._machine.outcome is None
+            raise
         return result._asdict()
 
 

@@ -39,8 +39,14 @@ them: if one is lost, so is the guest, and the target says so. Not with --tls.
 TLS: both ends show a certificate that the same authority has signed; without --tls anybody who reaches the port can
 send a machine, or take one.
 
-exit status of send: 0 it moved; 2 bad usage; 3 it did not, and goes on here (or, after a connection broke in the very
-last step, has ended: the message says so). Of receive: as of `hv run`.
+If the target falls silent in the very last step, nobody knows whether the guest runs there. It stands still here then,
+and nothing is lost: look at the target, and say what you have found.
+
+  hv migrate settle web --here                  it does not run there: it goes on here
+  hv migrate settle web --there                 it does: it ends here
+
+exit status of send: 0 it moved; 2 bad usage; 3 it did not, and goes on here, or stands still: the message says so. Of
+receive: as of `hv run`. Of settle: 0; 2 no such machine; 3 there was nothing to settle.
 """
 
 
@@ -56,6 +62,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--copy-disks", action="store_true", help="send the disks' content too: the target has no storage in common")
     add("--tls", metavar="CA,CERT,KEY", help="PEM files, for TCP")
     add("--json", action="store_true", help="print the result as a JSON object")
+    settler = actions.add_parser("settle", help="say where a machine runs when a target fell silent in the last step")
+    add = settler.add_argument
+    add("machine", metavar="MACHINE", help="its name here")
+    where = settler.add_mutually_exclusive_group(required=True)
+    where.add_argument("--here", action="store_true", help="it does not run at the target: let it go on here")
+    where.add_argument("--there", dest="here", action="store_false", help="it runs at the target: end it here")
     receiver = actions.add_parser("receive", help="wait for a machine and run it here")
     add = receiver.add_argument
     add("at", metavar="ADDRESS", help="unix:PATH or tcp:HOST:PORT; port 0 takes one that is free and says which")
@@ -68,8 +80,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Send or receive a machine."""
-    return {"send": _send, "receive": _receive}[options.action](options)
+    """Send or receive a machine, or say where it is."""
+    return {"send": _send, "receive": _receive, "settle": _settle}[options.action](options)
 
 
 def _tls(text: str | None) -> Tls | None:
@@ -114,6 +126,13 @@ def _send(options: argparse.Namespace) -> int:
             f"moved in {result['seconds']:.2f} s: {result['sent'] / 1e6:.0f} MB in {result['rounds']} rounds;"
             f" it stood still for {result['downtime'] * 1e3:.0f} ms{late}"
         )
+    return 0
+
+
+def _settle(options: argparse.Namespace) -> int:
+    from hypervisor.profile.live_client import request
+
+    request(options.machine, {"do": "settle", "here": options.here})
     return 0
 
 

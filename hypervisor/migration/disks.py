@@ -195,8 +195,12 @@ class SourceDisks:
             self._images[name].below.close()
         return {} if self._copied else {name: _samples(_file_of(disk)) for name, disk in self._disks.items()}
 
-    def take_back(self) -> None:
-        """Open them again, the target being gone for certain; raises MigrationError, and the machine has ended then."""
+    def take_back(self, *, is_certain: bool) -> None:
+        """Open them again; raises MigrationError, and the machine has ended then.
+
+        Args:
+            is_certain: whether it is that the target did not take the guest.
+        """
         until = time.monotonic() + AGAIN_SECONDS
         for name in self._shared():
             while True:
@@ -206,9 +210,11 @@ class SourceDisks:
                     break
                 except BackendError as error:
                     if time.monotonic() >= until:
-                        message = f"the target did not take the guest, but {name} cannot be opened again: {error}"
+                        why = "the target did not take the guest" if is_certain else "the target's word is missing"
+                        message = f"{why}, but {name} cannot be opened again: {error}"
                         self._machine.end(Outcome(Stop.KILLED, status=HostError.status, message=message))
-                        raise MigrationError(message, hint="the guest has ended here") from error
+                        hint = "the guest has ended here"
+                        raise MigrationError(message, hint=hint, is_certain=is_certain) from error
                 time.sleep(0.02)
 
 

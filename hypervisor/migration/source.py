@@ -101,7 +101,8 @@ def migrate(  # noqa: PLR0913 - what the user may say
 
     Raises:
         ConfigError: the machine cannot be moved.
-        MigrationError: it was not moved, and goes on here (`is_certain`); or nobody knows, see there.
+        MigrationError: it was not moved, and goes on here; or, unless `is_certain`, nobody knows where it is, and it
+            stands still here: `Machine.resume` it when it is certain that it does not run there, else `kill` it.
     """
     if downtime <= 0:
         raise ConfigError(f"a downtime of {downtime:g} s", hint="it is a number of seconds above 0")
@@ -329,16 +330,21 @@ class _Source:
         return Result(taken - self._began, taken - stopped, self._round + 1, self._wire.sent)
 
     def _give_away(self) -> None:
-        """Let go of disks and machine; takes both back if the target has certainly not taken over."""
+        """Let go of disks and machine; takes both back unless the target has taken over.
+
+        If nobody knows whether it has, the guest stands still from here on.
+        """
         try:
             self._let_go(self._disks.release())
         except (EOFError, OSError, VmmError) as error:
-            if getattr(error, "is_certain", True):
-                self._disks.take_back()
+            is_certain = getattr(error, "is_certain", True)
+            if not is_certain:
+                self._machine.hold()
+            self._disks.take_back(is_certain=is_certain)
             raise
 
     def _let_go(self, disks: dict[str, Any]) -> None:
-        """Give the machine away; it ends here unless it is certain that the target did not take over.
+        """Give the machine away; it ends here if the target says that it has taken over.
 
         A target that is gone without its word has not begun, if all that it ever sent has been read. That is so when
         the connection has ended in order, and at any end of a unix socket; over TCP a reset may have overtaken it.
@@ -351,7 +357,9 @@ class _Source:
         except OSError as error:
             if isinstance(error, ConnectionError) and self._wire.family == socket.AF_UNIX:
                 raise
-            message = "handed over, but the target's word is missing: it may have the guest, so it ends here"
-            self._machine.end(Outcome(Stop.MIGRATED, status=MigrationError.status, message=message))
-            raise MigrationError(message, is_certain=False) from error
+            raise MigrationError(
+                "the target's word is missing: nobody knows whether the guest runs there; it stands still here",
+                hint="find out, then `hv migrate settle NAME --here` or `--there`",
+                is_certain=False,
+            ) from error
         self._machine.end(Outcome(Stop.MIGRATED))

@@ -35,7 +35,7 @@ class MigrationError(VmmError):
     """A migration failed. The message says at which end, and who has the machine.
 
     Attributes:
-        is_certain: False: the source let go, and cannot know whether the target took over.
+        is_certain: False: the source let go, and cannot know whether the target took over; or the guest is lost.
     """
 
     status = 3

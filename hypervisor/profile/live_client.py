@@ -197,7 +197,7 @@ def request(name: str, what: dict[str, Any], *, timeout: float = SECONDS) -> dic
     finally:
         link.close()
     if "error" in answer:
-        raise HostError(f"machine {name!r} answers: {answer['error']}")
+        raise HostError(f"machine {name!r} answers: {answer['error']}", hint=answer.get("hint"))
     return answer
 
 

@@ -8,16 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
 from hypervisor import Machine, MachineConfig
-from hypervisor.errors import ConfigError
+from hypervisor.errors import ConfigError, HostError
 from hypervisor.host import is_software_kvm
 from hypervisor.migration.source import OVERHEAD, migrate
 from hypervisor.migration.target import receive
 from hypervisor.migration.wire import Kind, Listener, MigrationError, connect
 from hypervisor.outcome import Stop
+from hypervisor.profile.live_client import request
 
 pytestmark = pytest.mark.kvm
 
@@ -249,34 +251,78 @@ def test_a_target_that_dies_before_it_is_let_go_has_nothing(tmp_path, last):
 @pytest.mark.parametrize("transport", ["unix", "tcp"])
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_target_that_is_gone_when_it_was_let_go(tmp_path, transport, silent):
-    """An end in order is certain. Silence is not, and the guest must not run twice."""
+    """An end in order is certain. Silence is not: the guest stands still, as it must not run twice, until one knows."""
     listener = Listener(f"unix:{tmp_path}/socket" if transport == "unix" else "tcp:127.0.0.1:0")
     hold = threading.Event()
-
-    def vanish():
-        wire = listener.accept(TIMEOUT)
-        while (frame := wire.receive()).kind is not Kind.GO:
-            if frame.kind is Kind.HELLO:
-                wire.send(Kind.READY)
-            elif frame.kind is Kind.STATE:
-                wire.send(Kind.LOADED)
-            wire.read_into(memoryview(bytearray(frame.size)))
-        if silent:
-            hold.wait(60)
-        wire.close()
-
-    thread = threading.Thread(target=vanish)
+    thread = threading.Thread(target=vanish, args=(listener, hold.wait if silent else lambda: None))
     thread.start()
     with Machine(config(dirtier())) as machine:
         machine.start()
         with pytest.raises(MigrationError) as caught:
-            migrate(machine, listener.address, seconds=8)
+            migrate(machine, listener.address, seconds=4)
         assert caught.value.is_certain is not silent
         if silent:
-            assert machine.wait(TIMEOUT).reason is Stop.MIGRATED
-            assert machine.outcome.status == 3
-        else:
+            before = stands_still(machine)
+            time.sleep(0.05)
+            assert stands_still(machine) == before
+            machine.resume()
+        goes_on(machine)
+        hold.set()
+    thread.join()
+    listener.close()
+
+
+def vanish(listener, before):
+    """Take a machine up to the word that it is let go, and hang up when `before` returns."""
+    wire = listener.accept(TIMEOUT)
+    while (frame := wire.receive()).kind is not Kind.GO:
+        if frame.kind is Kind.HELLO:
+            wire.send(Kind.READY)
+        elif frame.kind is Kind.STATE:
+            wire.send(Kind.LOADED)
+        wire.read_into(memoryview(bytearray(frame.size)))
+    before()
+    wire.close()
+
+
+def stands_still(machine):
+    assert machine.is_paused
+    assert machine.outcome is None
+    return machine.vcpus[0].registers
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_whoever_knows_where_it_is_says_so(tmp_path, monkeypatch, where):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr("hypervisor.migration.source.migrate", partial(migrate, seconds=1))
+    listener, hold = Listener("tcp:127.0.0.1:0"), threading.Event()
+    thread = threading.Thread(target=vanish, args=(listener, hold.wait))
+    thread.start()
+
+    def hv(*words):
+        command = [sys.executable, "-m", "hypervisor", "migrate", *words]
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
+        return run.returncode, run.stderr
+
+    with Machine(config(dirtier())) as machine:
+        machine.publish("web")
+        machine.start()
+        assert hv("settle", "web", "--here")[0] == 3, "it is here"
+        status, said = hv("send", "web", listener.address)
+        assert status == 3
+        assert "nobody knows" in said
+        assert "hv migrate settle" in said
+        before = stands_still(machine)
+        for what in ({"do": "resume"}, {"do": "migrate", "to": listener.address}, {"do": "settle"}):
+            with pytest.raises(HostError):
+                request("web", what)
+        assert stands_still(machine) == before
+        assert hv("settle", "web", f"--{where}") == (0, "")
+        if where == "here":
+            assert hv("settle", "web", "--there")[0] == 3, "it is settled"
             goes_on(machine)
+        else:
+            assert (machine.wait(TIMEOUT).reason, machine.outcome.status) == (Stop.MIGRATED, 0)
         hold.set()
     thread.join()
     listener.close()

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing, nullcontext
 
 import pytest
 from test_journal import FOREVER, SIZE, content, done_in, journal, new_disk, what_is_wrong
+from test_migration import stands_still, vanish
 
 from devices.backends.errors import BackendError
 from devices.backends.image import open_image
@@ -190,6 +192,38 @@ def test_a_target_that_fails_when_it_has_opened_the_disk(tmp_path, monkeypatch):
     goes_on(machine, disk, tmp_path)
 
 
+@pytest.mark.parametrize("has_it", [False, True])
+def test_a_target_that_falls_silent_has_the_guest_if_it_has_the_disk(tmp_path, has_it):
+    """Otherwise nobody knows: the disk is here again, and the guest stands still."""
+    disk = new_disk(tmp_path, "raw")
+    listener, hold = Listener("tcp:127.0.0.1:0"), threading.Event()
+
+    def take():
+        with closing(open_image(str(disk))) if has_it else nullcontext():
+            hold.wait()
+
+    thread = threading.Thread(target=vanish, args=(listener, take))
+    thread.start()
+    machine = journal(str(disk), FOREVER)
+    machine.start()
+    wait_for(machine, 2)
+    with pytest.raises(MigrationError, match="word is missing") as caught:
+        migrate(machine, listener.address, seconds=1)
+    if has_it:
+        assert "cannot be opened again" in str(caught.value)
+        assert not caught.value.is_certain
+        assert machine.wait(TIMEOUT).status == 3
+        machine.close()
+    else:
+        assert not caught.value.is_certain
+        stands_still(machine)
+        machine.resume()
+        goes_on(machine, disk, tmp_path)
+    hold.set()
+    thread.join()
+    listener.close()
+
+
 def test_a_disk_with_a_fault_does_not_move(tmp_path):
     with journal(str(new_disk(tmp_path, "raw")), FOREVER) as machine:
         machine.images["blk0"].fault("slow", seconds=0.001)
@@ -227,7 +261,6 @@ with receive(listener.accept(60), disks=sys.argv[2:]) as machine:
 """
 
 
-@pytest.mark.parametrize("copied", [False, True])
 def attempt(machine, address, **how):
     """Move a machine; return whether it moved, which must be certain."""
     try:
