@@ -21,6 +21,10 @@ RESTORE_REACH: Final = 2.0
 CLONES: Final = 100
 CLONE_RAM_MIB: Final = 256
 CLONE_REACH_MIB: Final = 12
+PACKED_RAM_MIB: Final = 1024
+FREE_MIB: Final = 64
+"""Where nothing of the guest's is."""
+PAGE: Final = 4096
 TIMEOUT: Final = 60.0
 
 
@@ -43,8 +47,8 @@ class Arrival:
             self.is_there.set()
 
 
-def saved(path: Path, ram_mib: int) -> None:
-    """Save the guest behind its first write to the port."""
+def saved(path: Path, ram_mib: int, *, packed: bool = False) -> None:
+    """Save the guest behind its first write to the port; packed: with something in all of its memory, compressed."""
     arrival = Arrival()
     with Machine(MachineConfig(GUEST, ram_mib=ram_mib)) as machine:
         machine.bus_pio.claim(CHECKPOINT, 1, arrival, "point")
@@ -52,14 +56,17 @@ def saved(path: Path, ram_mib: int) -> None:
         if not arrival.is_there.wait(TIMEOUT):
             raise CannotRunError("the guest does not come on")
         machine.pause()
-        machine.save(path)
+        if packed:
+            for first in range(FREE_MIB << 20, ram_mib << 20, PAGE):
+                machine.memory.write(first, first.to_bytes(8, "little") + bytes(range(256)) * 8)
+        machine.save(path, compress=packed)
 
 
-def ours(snapshot: Snapshot) -> float:
+def ours(snapshot: Snapshot | Path, *, lazy: bool = False) -> float:
     """Restore a machine and return the microseconds until its guest has run."""
     arrival = Arrival()
     began = time.perf_counter_ns()
-    with Machine.restore(snapshot, verify=False) as machine:
+    with Machine.restore(snapshot, verify=False, lazy=lazy) as machine:
         machine.bus_pio.claim(CHECKPOINT, 2, arrival, "point")
         machine.start()
         if not arrival.is_there.wait(TIMEOUT):
@@ -87,7 +94,23 @@ def measure(settings: Settings, name: str) -> list[Row]:
             c += theirs(program, guest, 3, settings.scratch / "memory")
             here += [ours(snapshot) for _ in range(3)]
     what = f"{RAM_MIB} MiB, verified before: from the snapshot to the guest's first access"
-    return [Row(name, what, Sample("us", here), Sample("us", c), C_PROGRAM, RESTORE_REACH, "min")]
+    return [
+        Row(name, what, Sample("us", here), Sample("us", c), C_PROGRAM, RESTORE_REACH, "min"),
+        compressed(settings, name),
+    ]
+
+
+def compressed(settings: Settings, name: str) -> Row:
+    """Restore a large compressed machine lazily, in turn with unpacking it first."""
+    path = settings.scratch / "compressed"
+    saved(path, PACKED_RAM_MIB, packed=True)
+    lazily: list[float] = []
+    first: list[float] = []
+    for _ in range(settings.pick(5, 1)):
+        lazily.append(ours(path, lazy=True) / 1e3)
+        first.append(ours(path) / 1e3)
+    what = f"{PACKED_RAM_MIB} MiB, compressed: to the guest's first access, lazily"
+    return Row(name, what, Sample("ms", lazily), Sample("ms", first), "unpacked first")
 
 
 def clones(settings: Settings, name: str) -> Row:
