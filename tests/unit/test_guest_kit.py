@@ -62,7 +62,8 @@ def test_a_guest_writes_to_memory_unless_the_disk_says_otherwise(given, taken):
     assert dict(spec({"disks": given}).settings)["disks"] == (taken,)
 
 
-def test_a_linux_with_a_name_prints_its_warnings():
+def test_a_linux_with_a_name_prints_its_warnings(monkeypatch):
+    monkeypatch.setattr("hypervisor.kernels.find", lambda _: SimpleNamespace(command_line="console=ttyS0"))
     words = spec(kernel="tiny").config().append.split()
     assert words.index("loglevel=5") > words.index("quiet")
     assert "console=ttyS0" in words
