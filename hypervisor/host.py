@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def quick_kind(kvm_path: str = "/dev/kvm", *, proc: str = "/proc", sys: str = "/
     return kind_by(modules, () if len(modules) == 1 else first_cpu(proc)[0])
 
 
+@cache
 def is_software_kvm() -> bool:
     """Return whether this host's /dev/kvm is a software one, which cannot run a Linux kernel."""
     return quick_kind() is Kind.SOFTWARE

@@ -57,6 +57,7 @@ class Snapshot:
         self._stack = stack
         self._parent: Snapshot | None = None
         self._state: dict[str, Any] | None = None
+        self._config: MachineConfig | None = None
         self._whole = -1
         self.is_fit = False
 
@@ -127,13 +128,16 @@ class Snapshot:
     @property
     def config(self) -> MachineConfig:
         """The machine's description; raises SnapshotError where this hv cannot make it."""
+        if self._config is not None:
+            return self._config
         from hypervisor.config import MachineConfig
 
         try:
             machine = self.machine
-            return MachineConfig(**machine | {"modules": tuple(machine.get("modules", ()))})
+            self._config = MachineConfig(**machine | {"modules": tuple(machine.get("modules", ()))})
         except (ConfigError, TypeError, ValueError, AttributeError) as error:
             raise SnapshotError(f"{self.path} has a machine that this hv does not know: {error}") from None
+        return self._config
 
     @property
     def parent(self) -> Snapshot | None:
