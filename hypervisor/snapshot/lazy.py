@@ -44,9 +44,12 @@ class Unpacking:
             with there:
                 words = [str(there.fileno()), self._path, snapshot.id, "verify" if verify else "trust"]
                 command = [sys.executable, "-m", "hypervisor.snapshot.unpacking", *words]
-                # a session of its own: Ctrl-C is for the machine
                 self._process = subprocess.Popen(
-                    command, pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                    command,
+                    pass_fds=[there.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # find what we have found
+                    start_new_session=True,  # Ctrl-C is for the machine
                 )
             stack.callback(self._end)
             self._stack = stack.pop_all()
