@@ -247,8 +247,9 @@ class Machine(Moments, Observed):
             self.loop.run(self._virtio.resume)
         if self._is_copy:
             self._become_another()
-        for vcpu in self.vcpus:
-            vcpu.start()
+        with self._still:  # `end_wholly` waits for all of them or none
+            for vcpu in self.vcpus:
+                vcpu.start()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the end of the run and return how it came.

@@ -20,7 +20,8 @@ import sys
 import termios
 
 CHUNK = 1 << 16
-RESET_SIGNALS = (13, 25)  # SIGPIPE and SIGXFSZ, which Python ignores and its children should not
+RESET_SIGNALS = (2, 3, 13, 25)
+"""SIGINT and SIGQUIT, which shells have background jobs ignore; SIGPIPE and SIGXFSZ, which Python ignores."""
 PIPE_CAPACITY = 1 << 16  # pipe(7); a terminal buffers less
 
 
