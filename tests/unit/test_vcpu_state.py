@@ -182,10 +182,8 @@ def test_in_the_middle_of_an_access_nothing_is_read_or_set(vcpu):
 
 def test_a_guest_without_kvmclock_needs_not_be_told(monkeypatch):
     def refuse(errno):
-        def control_value(fd, request, value=0):
-            raise KvmError("KVM_KVMCLOCK_CTRL", errno)
-
-        monkeypatch.setattr(vcpu_state, "control_value", control_value)
+        lib = SimpleNamespace(KVM_KVMCLOCK_CTRL=vcpu_state.lib.KVM_KVMCLOCK_CTRL, hv_ioctl_value=lambda *_: -errno)
+        monkeypatch.setattr(vcpu_state, "lib", lib)
 
     refuse(EINVAL)
     tell_paused(FakeVcpu())
