@@ -54,7 +54,7 @@ class PageServer:
     def __init__(
         self, memory: Pages, connection: socket.socket, runs: Iterable[tuple[int, int]], seconds: float | None
     ) -> None:
-        """Be ready to send `runs` of pages; takes the connection over.
+        """Be ready to send `runs` of pages.
 
         Another end that is silent for `seconds` is gone; None: its connection tells.
         """
@@ -73,11 +73,8 @@ class PageServer:
 
     def serve(self) -> None:
         """Send them; raises OSError when the other end is gone, and what `memory` raises."""
-        try:
-            while not self.is_done:
-                self._step()
-        finally:
-            self._connection.close()
+        while not self.is_done:
+            self._step()
 
     def _step(self) -> None:
         batch = self._batch(BATCH)

@@ -56,6 +56,8 @@ class PageThread(PageServer):
             self.serve()
         except OSError as error:
             self._error = error
+        finally:
+            self._connection.close()
 
 
 class PageLine:

@@ -96,7 +96,7 @@ def main(words: Sequence[str]) -> int:
     except ConnectionError:
         pass  # the machine has ended
     except VmmError as error:
-        sys.stderr.write(f"hv: {error}\n")
+        sys.stderr.write(f"hv: {error}\n")  # before the connection ends: the machine may end this process then
         return error.status
     return 0
 

@@ -81,8 +81,8 @@ class Guest:
     """The end that wants pages."""
 
     def __init__(self, snapshot, runs, seconds=20):
-        self.connection, there = socket.socketpair()
-        self.server = PageServer(packed(snapshot), there, runs, seconds)
+        self.connection, self.there = socket.socketpair()
+        self.server = PageServer(packed(snapshot), self.there, runs, seconds)
         self.error = None
         self.thread = threading.Thread(target=self._main)
         self.thread.start()
@@ -92,6 +92,8 @@ class Guest:
             self.server.serve()
         except OSError as error:
             self.error = error
+        finally:
+            self.there.close()
 
     def receive(self, size):
         data = b""
