@@ -15,6 +15,7 @@
 .equ BREAKPOINT, 3
 .equ BASE, 64 << 20
 .equ PAGES_OF_MIB, 256
+.equ RFLAGS_IOPL3, 3 << 12     # beside the bitmap: see checksum.S
 .equ LCG_FACTOR, 1664525
 .equ LCG_TERM, 1013904223
 
@@ -38,7 +39,7 @@ START
     and byte ptr [io_bitmap + COM1_LSR / 8], ~(1 << (COM1_LSR % 8)) & 0xff
     ENTER_LONG_MODE
     LOAD_TSS
-    PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED
+    PUSH_USER_FRAME program, user_stack_top, RFLAGS_RESERVED | RFLAGS_IOPL3
     iretq
 
 # --- ring 3 -----------------------------------------------------------------------------------------------------------
