@@ -22,9 +22,10 @@ def kvm_is_there():
 @pytest.fixture(autouse=True)
 def no_thread_stays():
     """A test closes its machines, and a machine that is closed has no threads."""
+    before = set(threading.enumerate())  # of another test: that one has been told
     yield
     deadline = time.monotonic() + GRACE
-    while left := [thread.name for thread in threading.enumerate() if thread.name.startswith("hv-")]:
+    while left := [one.name for one in set(threading.enumerate()) - before if one.name.startswith("hv-")]:
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
 
