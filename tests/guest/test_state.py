@@ -40,6 +40,7 @@ GUESTS = {
     "four": {"kernel": "late-ap", "cpus": 4, "append": WORK},
     "ipi": {"kernel": "ipi", "cpus": 2},
 }
+THAT_END = [name for name in GUESTS if name != "ipi" or is_software_kvm()]
 """An emulated AMD-V loses wake-ups, and "ipi" has no timer that would end a sleep: there it may never end, disturbed or
 not."""
 
@@ -50,7 +51,7 @@ def alone(settings):
     return status, machine.console.output
 
 
-@pytest.mark.parametrize("name", [name for name in GUESTS if name != "ipi" or is_software_kvm()])
+@pytest.mark.parametrize("name", THAT_END)
 def test_carried_at_random_moments(name, capsys):
     expected = alone(GUESTS[name])
     assert expected[0] == 0
