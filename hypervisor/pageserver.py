@@ -17,12 +17,12 @@ __all__ = ["PageServer", "Pages"]
 
 PAGE: Final = 4096
 ALL: Final = (1 << 64) - 1
-"""What is sent in a page's place when no more are needed."""
+"""What is sent in a page's place when no more are needed (HV_PAGER_ALL)."""
 RUN: Final = Struct("<QQ")
 """First page, number of pages."""
 WANT: Final = Struct("<Q")
 BATCH: Final = 16
-"""Pages that go at once when nobody waits."""
+"""Pages that go at once when nobody waits; at most HV_PAGER_MOST."""
 BUFFERED: Final = 128 << 10
 """Bytes on their way: whoever waits for a page waits for these before it."""
 

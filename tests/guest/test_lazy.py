@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
-from test_snapshots import GUESTS, alone, config
+from test_checkpoints import config, stopped
+from test_snapshots import GUESTS, alone
 
 from hypervisor import Machine
 from hypervisor.snapshot import lazy
@@ -20,17 +20,11 @@ CHUNK = 65536
 
 
 def saved(settings, folder, seconds=0.01):
-    """Save a guest compressed, and a moment later a change to that; return where, and what it had printed."""
-    while True:
-        with Machine(config(settings)) as machine:
-            machine.start()
-            time.sleep(seconds)
-            machine.pause()
-            if machine.outcome is None:
-                machine.save(folder / "zstd", compress=True)
-                machine.save(folder / "change", base=folder / "zstd")
-                return machine.console.output
-        seconds /= 2
+    """Save a guest compressed, and as a change to that; return what it had printed."""
+    with stopped(settings, seconds) as machine:
+        machine.save(folder / "zstd", compress=True)
+        machine.save(folder / "change", base=folder / "zstd")
+        return machine.console.output
 
 
 @pytest.mark.parametrize("kind", ["zstd", "change"])

@@ -10,9 +10,11 @@ import sys
 import time
 
 import pytest
+from test_checkpoints import GUESTS as SMALL_GUESTS
+from test_checkpoints import config, stopped
 from test_journal import SIZE, last_of
 
-from hypervisor import Machine, MachineConfig, SnapshotError, VmmError
+from hypervisor import Machine, SnapshotError, VmmError
 from hypervisor.host import is_software_kvm
 from hypervisor.outcome import Stop
 from hypervisor.snapshot.store import Snapshot, Writer
@@ -21,21 +23,9 @@ pytestmark = pytest.mark.kvm
 
 TIMEOUT = 120
 IS_SOFTWARE = is_software_kvm()
-WORK = "20000" if IS_SOFTWARE else "30000000"
 ALTERED = 60 if IS_SOFTWARE else 12
 """Values of a state that are replaced, for each kind of nonsense; an emulated host takes its time for each."""
-GUESTS = {
-    "checksum": {"kernel": "checksum"},
-    "deadline": {"kernel": "checksum", "append": "3000000 1"},
-    "four": {"kernel": "late-ap", "cpus": 4, "append": WORK},
-    "pit": {"kernel": "timer"},
-    "threads": {"kernel": "preempt"},
-    "above 4 GiB": {"kernel": "checksum", "ram_mib": 3200},
-}
-
-
-def config(settings):
-    return MachineConfig(**({"ram_mib": 8, "debug_exit": "raw"} | settings))
+GUESTS = SMALL_GUESTS | {"above 4 GiB": {"kernel": "checksum", "ram_mib": 3200}}
 
 
 def alone(settings):
@@ -46,15 +36,9 @@ def alone(settings):
 
 def saved_at(settings, path, seconds, **how):
     """Save a guest after a while; return what it had printed by then."""
-    while True:
-        with Machine(config(settings)) as machine:
-            machine.start()
-            time.sleep(seconds)
-            machine.pause()
-            if machine.outcome is None:
-                machine.save(path, **how)
-                return machine.console.output
-        seconds /= 2
+    with stopped(settings, seconds) as machine:
+        machine.save(path, **how)
+        return machine.console.output
 
 
 def rest(path, **how):

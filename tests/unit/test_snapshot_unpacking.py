@@ -157,6 +157,22 @@ def test_what_is_asked_for_twice_or_never_was_there_is_not_sent(saved, guest):
     assert guest.connection.recv(1) == b""
 
 
+def test_an_altered_raw_chunk_is_found_unless_it_is_trusted(tmp_path):
+    with_change, base = tmp_path / "s", tmp_path / "base"
+    memory = ram(8, dense=(1, 5))
+    save(base, memory)
+    memory[CHUNK] ^= 1
+    with Snapshot.open(base) as below:
+        save(with_change, memory, base=below)
+    with (with_change / "memory").open("r+b") as file:
+        file.seek(CHUNK + 5)
+        file.write(bytes([memory[CHUNK + 5] ^ 1]))
+    with Snapshot.open(with_change) as snapshot:
+        with pytest.raises(DamagedSnapshotError):
+            packed(snapshot).pages(IN_A_CHUNK, 1)
+        assert packed(snapshot, verify=False).pages(IN_A_CHUNK, 1) != memory[CHUNK : CHUNK + PAGE]
+
+
 @pytest.mark.parametrize("word", [b"", b"\1\2\3"])
 def test_an_end_that_is_gone_ends_it(saved, word):
     guest = Guest(saved[0], [])
