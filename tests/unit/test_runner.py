@@ -335,6 +335,8 @@ def test_a_device_that_breaks_in_one_queue_takes_nothing_from_the_others():
         device.is_active, device.is_broken = False, True
 
     device.serve = breaks
+    for path in paths:
+        path.wait_for_work()
     paths[0].leave.set()
     for path in paths[1:]:
         assert path.at_rest.wait(SECONDS)
