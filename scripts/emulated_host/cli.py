@@ -62,13 +62,13 @@ Intel:
   no input, the checkout, Python with what hv needs, busybox, and what --with brings. It is five times slower
   still, but boots in a quarter of a minute. COMMAND is over when all its processes have closed their output.
   It needs Debian's bochs bochs-term bochsbios vgabios isolinux syslinux-common xorriso (scripts/setup vtx).
-  --memory, --cpus, --out and --shell do not go with it.
+  --memory, --cpus, --silence, --out and --shell do not go with it.
 
 exit status:
   COMMAND's own; 126, 127 it cannot be run, is not there; 128+N signal N ended it, or this program
   2    wrong usage
   3    this machine lacks something (the message names the Debian package), or the emulated host failed
-  124  --timeout passed
+  124  --timeout or --silence passed
 
 cache:
   The root image is built once, in about a minute, and kept in $XDG_CACHE_HOME/trapvisor/emulated-host
@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpus", type=int, metavar="N", help="CPUs (default 2)")
     add("--vt-x", dest="vt_x", action="store_true", help="emulate an Intel host, with Bochs; see below")
     add("--timeout", type=float, metavar="SECONDS", help="end it after so long, boot included, with status 124")
+    add("--silence", type=float, metavar="SECONDS",
+        help="end it once COMMAND has printed nothing for so long, with status 124")  # fmt: skip
     add("--with", dest="extra", action="append", default=[], metavar="SRC[=DST]",
         help="bring a file or folder, to the same path inside or to DST (repeatable)")  # fmt: skip
     add("--env", action="append", default=[], metavar="NAME[=VALUE]", help="set or pass a variable (repeatable)")
@@ -164,7 +166,9 @@ def _run(options: argparse.Namespace) -> int:
         payload = make_payload(image, ROOT, extra, work)
         archive = work / "out.tar" if options.out is not None else None
         size = Size(options.memory, options.cpus)
-        command = Command(words, environment, f"/{CHECKOUT}", archive, options.timeout, options.verbose)
+        command = Command(
+            words, environment, f"/{CHECKOUT}", archive, options.timeout, options.silence, verbose=options.verbose
+        )
         with Machine(partial(command_line, image, payload, size, verbose=options.verbose)) as machine:
             status = Session(machine, command).run()
         if archive is not None:
@@ -182,15 +186,17 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--memory {options.memory}: it needs {MIN_MEMORY_MIB} MiB at least")
     if options.cpus < 1:
         raise UsageError(f"--cpus {options.cpus}: it needs one at least")
-    if options.timeout is not None and options.timeout <= 0:
-        raise UsageError(f"--timeout {options.timeout:g}: it must be more than 0 seconds")
+    for name in ("timeout", "silence"):
+        seconds = getattr(options, name)
+        if seconds is not None and seconds <= 0:
+            raise UsageError(f"--{name} {seconds:g}: it must be more than 0 seconds")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise UsageError(f"--out {options.out}: not a folder")
 
 
 def _refuse_with_vt_x(options: argparse.Namespace) -> None:
     """Refuse the options that the emulated VT-x host does not have."""
-    for name in ("memory", "cpus", "out", "shell"):
+    for name in ("memory", "cpus", "silence", "out", "shell"):
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name} does not go with --vt-x")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
 import socket
 import sys
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
 from emulated_host.errors import HostCannotError, say
 from emulated_host.streams import Control, Inlet, Outlet, OutletClosedError
@@ -24,6 +25,13 @@ BOOT_SECONDS: Final = 180.0
 """A boot takes five to ten seconds; a machine with other work on it may take several times that."""
 GRACE_SECONDS: Final = 10.0
 """How long a command may take to end after SIGTERM or SIGHUP was passed on to it."""
+BEAT_SECONDS: Final = 0.5
+"""How often the machine is sent a word, for the interrupt's sake.
+
+QEMU 7.2 changes a CPU's pending interrupts in two threads at once when a nested guest is entered or left while a timer
+fires: now and then the timer's interrupt is lost, and with it the only thing that would have woken Linux, or taken the
+CPU from a guest. It waits in the local APIC, and comes with any other interrupt.
+"""
 TIMED_OUT: Final = 124
 FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -38,6 +46,8 @@ class Command(NamedTuple):
     """Where to put the tar archive of /out; None when it is not wanted."""
     timeout: float | None = None
     """Seconds for all of it, the boot included."""
+    silence: float | None = None
+    """Seconds that it may print nothing."""
     verbose: bool = False
     """Print the kernel log and the times."""
 
@@ -71,6 +81,7 @@ class Session:
         else:
             self._archive = None
         self._running = False
+        self._next_beat = math.inf
         self._eof_told = False
         self._result: tuple[int, dict[str, int]] | None = None
         self._signalled = 0
@@ -120,10 +131,11 @@ class Session:
             waiting[wish] = self._inlet
         for descriptor, events in waiting:
             poll.register(descriptor, events)
-        soonest = min(self._deadlines.values(), default=None)
-        timeout = None if soonest is None else max(0.0, soonest - time.monotonic()) * 1000 + 1
+        soonest = min([self._next_beat, *self._deadlines.values()])
+        timeout = None if soonest == math.inf else max(0.0, soonest - time.monotonic()) * 1000 + 1
         ready = {descriptor for descriptor, _ in poll.poll(timeout)}
         self._check_deadlines()
+        self._beat()
         if self._alarm.fileno() in ready:
             for number in self._alarm.recv(64):
                 self._on_signal(number)
@@ -146,6 +158,8 @@ class Session:
                 raise _Ended(128 + signal.SIGPIPE) from None
             if isinstance(stream, Outlet):
                 stream.discard()
+        if isinstance(stream, Outlet) and self._running:
+            self._heard()
         if self._inlet.escaped and self._terminal.present:
             self._terminal.restore()
             say("ended by Ctrl-] Ctrl-] Ctrl-]")
@@ -163,11 +177,14 @@ class Session:
             del self._deadlines["boot"]
             self._terminal.raw()
             self._running = True
+            self._next_beat = time.monotonic()
+            self._heard()
         elif words[0] == "exit":
             status, stdout, stderr, files, tar = map(int, words[1:])
             if tar:
                 say(f"not all of /out could be brought back: tar ended with status {tar}")
             self._running = False
+            self._deadlines.pop("silence", None)
             self._result = status, {"stdout": stdout, "stderr": stderr, "files": files}
 
     def _request(self) -> None:
@@ -199,17 +216,38 @@ class Session:
             if number in (signal.SIGTERM, signal.SIGHUP):
                 self._deadlines["grace"] = time.monotonic() + GRACE_SECONDS
 
+    def _beat(self) -> None:
+        """Send a word, if it is time to and the last one has gone."""
+        if self._next_beat <= time.monotonic():
+            self._next_beat = time.monotonic() + BEAT_SECONDS
+            if self._control.has_sent_all:
+                self._control.say("beat")
+
+    def _heard(self) -> None:
+        """It has said something, and may be silent for as long again."""
+        if self._command.silence is not None:
+            self._deadlines["silence"] = time.monotonic() + self._command.silence
+
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         passed = [name for name, deadline in self._deadlines.items() if deadline <= now]
         if "timeout" in passed:
-            self._terminal.restore()
-            say(f"the command did not end within {self._command.timeout:g} s")
-            raise _Ended(TIMED_OUT)
+            self._give_up(f"the command did not end within {self._command.timeout:g} s")
+        if "silence" in passed:
+            self._give_up(f"the command has printed nothing for {self._command.silence:g} s")
         if "grace" in passed:
             raise _Ended(128 + self._signalled)
         if passed:
             raise self._failure(f"the emulated host was not up after {BOOT_SECONDS:g} s")
+
+    def _give_up(self, text: str) -> NoReturn:
+        """End with a timeout's status; the kernel's log may tell why it came to that."""
+        self._terminal.restore()
+        failure = self._failure(text)
+        say(str(failure))
+        if failure.log:
+            print(failure.log, file=sys.stderr, flush=True)
+        raise _Ended(TIMED_OUT)
 
     def _on_log(self) -> None:
         data = self._machine.read_log()
@@ -222,7 +260,7 @@ class Session:
 
     def _failure(self, text: str) -> HostCannotError:
         """Return the error that says `text` and shows the end of the log, unless all of it was shown already."""
-        log = "" if self._command.verbose else self._machine.log_tail()
+        log = "" if self._command.verbose else self._machine.log_tail().strip()
         return HostCannotError(f"{text}; the end of its log follows" if log else text, log)
 
     def _check_end(self) -> None:

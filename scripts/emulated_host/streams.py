@@ -153,6 +153,11 @@ class Control:
         self._partial = b""
         self.ended = False
 
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether no line waits."""
+        return not self._pending
+
     def say(self, *words: object) -> None:
         """Queue one line; bytes go as hexadecimal digits."""
         texts = (word.hex() if isinstance(word, bytes) else str(word) for word in words)

@@ -95,7 +95,7 @@ def way(request, tmp_path_factory):
 class Way:
     folder = None
     chance = random.Random(11)
-    moved = 0
+    runs = moved = 0
 
 
 def run(name, *, port=TEST_PORT, **settings):
@@ -120,6 +120,7 @@ def run(name, *, port=TEST_PORT, **settings):
 
 def saved_on_the_way(machine):
     """Start a machine and save it at a random moment; return whether its guest had not ended by then."""
+    Way.runs += 1
     machine.start()
     time.sleep(Way.chance.random() * 0.004)
     machine.pause()
@@ -482,4 +483,4 @@ def test_hostile_at_every_port():
 
 
 def test_guests_were_saved_on_the_way():
-    assert Way.moved > 10 if Way.folder else Way.moved == 0
+    assert Way.moved >= Way.runs // 8, "nearly all had ended by then"

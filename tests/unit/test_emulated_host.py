@@ -43,6 +43,7 @@ def native_host(options: dict[str, Any]) -> int:
         options.get("cwd", "/"),
         Path(options["archive"]) if "archive" in options else None,
         options.get("timeout"),
+        options.get("silence"),
     )
     try:
         with machine.Machine(argv) as running:
@@ -160,6 +161,16 @@ def test_timeout():
     done = run(["sleep", "20"], timeout=1.5)
     assert done.returncode == 124
     assert b"did not end within 1.5 s" in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["", ">&2"])
+def test_a_command_that_falls_silent_is_given_up(stream):
+    speaks = f"for i in 1 2 3 4 5 6; do sleep 0.5; echo $i {stream}; done"
+    assert shell(speaks, silence=2).returncode == 0
+    done = shell(f"{speaks}; sleep 20", silence=2)
+    assert done.returncode == 124
+    assert b"has printed nothing for 2 s" in done.stderr
+    assert b"6" in (done.stdout or done.stderr)
 
 
 # --- signals -----------------------------------------------------------------------------------------------------
@@ -552,6 +563,7 @@ def program(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
         (["--memory", "5", "true"], "512 MiB at least"),
         (["--cpus", "0", "true"], "one at least"),
         (["--timeout", "0", "true"], "more than 0"),
+        (["--silence", "-1", "true"], "more than 0"),
         (["--with", "/no/such/file", "true"], "there is no /no/such/file"),
         (["--out", "/dev/null", "true"], "not a folder"),
         (["--env", "=x", "true"], "name is missing"),

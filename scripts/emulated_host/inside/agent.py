@@ -7,7 +7,7 @@ Every import costs twenty times what it costs outside, hence no json, no signal,
     files    a tar archive of /out, at the end
 
 From outside: `arg HEX`, `env HEX`, `cwd HEX`, `tty ROWS COLUMNS`, `split-stderr`, `files`, `go`; then, while the
-command runs, `size ROWS COLUMNS`, `signal NUMBER`, `eof TOTAL` (stdin ends after so many bytes).
+command runs, `size ROWS COLUMNS`, `signal NUMBER`, `eof TOTAL` (stdin ends after so many bytes), and `beat`, often.
 To outside: `ready`, `started`, then `exit STATUS STDOUT STDERR FILES TAR`: the command's status as a shell would have
 it, the bytes that were sent over the three ports, and tar's status.
 """
@@ -185,6 +185,8 @@ class Agent:
                 termios.tcsetwinsize(self._terminal, (int(arguments[0]), int(arguments[1])))
             elif word == "signal" and self._pid > 0:
                 self._signal(int(arguments[0]))
+            elif word == "beat":
+                wake_all()
             else:
                 self._request.take(word, arguments)
 
@@ -283,6 +285,15 @@ class Agent:
         while pump.fill():
             pump.flush()
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def wake_all() -> None:
+    """Go from CPU to CPU: each gets an interrupt, which brings those that QEMU has forgotten (session.BEAT_SECONDS)."""
+    all_of_them = os.sched_getaffinity(0)
+    if len(all_of_them) > 1:
+        for cpu in all_of_them:
+            os.sched_setaffinity(0, {cpu})
+        os.sched_setaffinity(0, all_of_them)
 
 
 def open_ports() -> dict[str, int]:
