@@ -137,7 +137,7 @@ def test_what_a_host_must_not_send_loses_step_until_the_next_hello(line, name):
     assert line.all_of(4)[0] == (EXIT, 0, 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.one_of(
@@ -162,7 +162,7 @@ def test_no_host_breaks_it(line, pieces):
     assert line.all_of(4) == ((EXIT, 0, 0), b"on\n", b"")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=400))
 def test_no_tree_breaks_it(line, tmp_path_factory, data):
     line.greet(flags=0)
@@ -351,7 +351,7 @@ def test_an_agent_that_says_nothing_more(fake):
     assert "the machine has ended: PANIC" in str(result[0]) or "not done after" in str(result[0])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.one_of(

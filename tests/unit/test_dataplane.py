@@ -323,7 +323,7 @@ def test_a_kick_ends_a_sleep(disk):
     assert disk.driver.queues[0].collect() == [(head, SECTOR + 1)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_path_and_the_model_answer_alike(tmp_path_factory, data):
     """Requests of any kind, cut anywhere, direct or indirect: the used ring, the answers and the file are the same."""

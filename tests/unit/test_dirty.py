@@ -65,7 +65,7 @@ def rings_across_pages():
 # --- marks ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 300), st.data())
 def test_marks_are_every_page_that_was_touched_and_no_other(count, data):
     marks = Marks(1 << 30, count * PAGE)
@@ -137,7 +137,7 @@ def test_a_vm_that_does_not_log_leaves_no_marks_on():
     assert not marks.is_on
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 200), st.data())
 def test_copying_back_restores_what_changed_and_touches_nothing_else(count, data):
     ram, base = mmap.mmap(-1, count * PAGE), mmap.mmap(-1, count * PAGE)
@@ -305,7 +305,7 @@ def test_a_read_that_fails_half_way_is_noted_as_far_as_it_came(tmp_path):
         disk.close()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_whatever_a_disk_is_asked_all_that_changes_is_noted(tmp_path_factory, data):
     """By the path in C and by the model, which takes what the path leaves."""

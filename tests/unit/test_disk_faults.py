@@ -393,7 +393,7 @@ class Model:
         self.now, self.may = list(self.saved[0]), [set(one) for one in self.saved[1]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(STEP, max_size=40))
 @example([("checkpoint",), ("write", 0, 1, 1), ("rewind",)])
 @example([("write", 0, 1, 1), ("checkpoint",), ("write", 0, 2, 1), ("rewind",), ("lose",)])

@@ -5,7 +5,7 @@ import os
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_image import MemoryImage
 
@@ -181,7 +181,7 @@ PLACE = st.integers(0, SIZE // 512 - 1)
 LENGTH = st.integers(1, 2 * CLUSTER // 512 + 3)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(["raw", "qcow2", "memory"]),
     steps=st.lists(

@@ -6,7 +6,7 @@ import random
 import subprocess
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.backends import raw
@@ -30,7 +30,7 @@ def contents(image):
     return bytes(data)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["writeback", "none", "unsafe", "memory"])
 def test_any_sequence_equals_a_plain_array(tmp_path, kind, data):

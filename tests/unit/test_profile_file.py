@@ -12,7 +12,7 @@ import zlib
 from contextlib import suppress
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profile_files import (
     EXIT,
@@ -246,7 +246,7 @@ def try_all(load_bytes, data):
             read_all(load_bytes(data))
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_flipped_bytes(load_bytes, data):
     spoiled = bytearray(WHOLE + COUNTERS + KERNEL)
@@ -271,13 +271,13 @@ PIECES = [
 ]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=40), max_size=8))
 def test_chunks_in_any_order(load_bytes, pieces):
     try_all(load_bytes, MAGIC + head() + b"".join(pieces))
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_random_records(load_bytes, data):
     try_all(load_bytes, MAGIC + head() + row_keys(KEYS) + spaces([1]) + chunk(b"TRAC", data))

@@ -178,7 +178,7 @@ def test_half_a_table_is_none(memory, layout):
     assert kallsyms.find(memory) is not None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(0, 2**32), st.integers(0, 400), st.data())
 def test_any_names_survive_the_round_trip(layout, seed, count, data):
     dice = random.Random(seed)
@@ -198,7 +198,7 @@ def test_any_names_survive_the_round_trip(layout, seed, count, data):
         memory.close()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.sampled_from(sorted(LAYOUTS)), st.integers(0, 2**32), st.integers(1, 8))
 def test_any_damage_gives_symbols_or_none(layout, seed, places):
     dice = random.Random(seed)

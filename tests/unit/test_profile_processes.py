@@ -158,7 +158,7 @@ def test_an_address_space_is_found_by_either_half_and_any_pcid():
     assert of_address_space(table, 0x40_5000) == Process(3, "odd")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32), st.integers(1, 20))
 def test_any_damage_gives_a_dictionary(seed, places):
     dice = random.Random(seed)

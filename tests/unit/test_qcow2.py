@@ -5,7 +5,7 @@ import random
 import subprocess
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.backends.errors import BackendError
@@ -102,7 +102,7 @@ def test_compressed_clusters_are_read_and_copied_when_written(tmp_path):
         assert as_raw(path, tmp_path) == changed
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.data())
 def test_any_sequence_equals_a_plain_array(tmp_path, data):
     """Writes, discards, zeroes, flushes and reopening, with a backing file or without, and small clusters or large."""

@@ -7,7 +7,7 @@ import random
 import subprocess
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.backends import copying
@@ -361,7 +361,7 @@ def test_a_name_that_is_taken_and_a_mode_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["kernel", "by hand"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(size=st.integers(1, 600), parts=st.lists(st.tuples(st.integers(0, 599), st.integers(1, 200)), max_size=5))
 def test_a_copy_is_equal_and_has_its_holes(tmp_path, way, size, parts):
     source, target = tmp_path / "source", tmp_path / "target"

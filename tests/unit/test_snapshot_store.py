@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from snapshots import CHUNK, MACHINE, PAGE, STATE, content, ram, save
 
@@ -244,7 +244,7 @@ def painted(pieces, size, memory=None):
     return memory
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(first=PIECES, second=PIECES, pages=st.integers(1, 68), modes=MODES)
 def test_what_is_read_is_what_was_written(tmp_path, first, second, pages, modes):
     size = pages * PAGE
@@ -270,7 +270,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.dictionaries(st.text().filter(lambda key: not key.startswith("$")), VALUES, max_size=4))
 def test_a_state_of_plain_values_comes_back(tmp_path, value):
     save(tmp_path / "s", bytearray(PAGE), state=value)

@@ -420,7 +420,7 @@ POKES = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(name=st.sampled_from(sorted(MODELS)), pokes=POKES, provoked=st.sets(st.integers(0, 40)))
 def test_any_accesses_to_any_device_over_mmio(name, pokes, provoked):
     """Registers and configuration space, of any width, in any state, while the host is busy with the device as well."""

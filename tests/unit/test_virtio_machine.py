@@ -309,7 +309,7 @@ class LegalDriver(RuleBasedStateMachine):
 
 
 TestLegalDriver = LegalDriver.TestCase
-TestLegalDriver.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestLegalDriver.settings = settings(max_examples=150, stateful_step_count=50)
 
 
 CHAIN = b"abc", 3, [], 0, True

@@ -202,7 +202,7 @@ def test_registers_are_32_bits_wide(mmio, size):
     assert mmio.read(STATUS, 4) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     accesses=st.lists(
         st.tuples(st.booleans(), st.integers(0, 0x1FF), st.sampled_from([1, 2, 4, 4, 4, 8]), st.integers(0, ONES)),

@@ -158,7 +158,7 @@ def test_3_1_1_driver_ok_waits_for_features_ok(fresh):
 # --- 2.2 features -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     features=st.one_of(
         st.sets(st.sampled_from([3, 28, 29, 32])).map(lambda bits: sum(1 << bit for bit in bits)),
@@ -279,7 +279,7 @@ def test_2_5_3_the_configuration_is_there_before_features_ok(fresh):
     assert fresh.transport.read_config(4000, 4) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(moments=st.sets(st.integers(0, 4)), from_zero=st.booleans())
 def test_2_5_a_torn_read_shows_in_the_generation(moments, from_zero):
     """Read generation, then two halves, then generation: if both are alike the halves belong together (2.5.1)."""

@@ -311,7 +311,7 @@ def test_one_kick_is_bounded_work(ram):
 # --- any legal driver -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_legal_driver_gets_every_chain_answered_once_and_in_order(data):
     ram = FakeRam()

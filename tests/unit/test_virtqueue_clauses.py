@@ -83,7 +83,7 @@ def test_2_6_1_2_1_a_queue_enabled_again_is_as_the_driver_now_says(ram):
 # --- 2.7.4 and 2.7.5 --------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.integers(1, 24),
     cuts=st.lists(st.integers(0, 6), max_size=5),
@@ -223,7 +223,7 @@ def pushes(driver, count):
     assert len(ours.collect()) == count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(start=st.sampled_from([0, 7, 65533, 65535]), count=st.integers(1, 8), offset=st.integers(-3, 10))
 def test_2_7_7_2_used_event_is_met_by_any_entry_of_a_batch(start, count, offset):
     """Whether idx, as it was before one of the entries was written, is equal to used_event: across the wrap, too."""
