@@ -9,7 +9,7 @@ from struct import pack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dataplane import IN, LARGE, OUT, RX, SECTOR, Disk, Interface, finish
+from test_dataplane import IN, LARGE, OUT, RX, SECTOR, Disk, Interface, finish, wait_until_idle
 from virtio_driver import Driver
 
 from devices.ports import GuestFault
@@ -334,9 +334,9 @@ def arrive(interface, size):
 
 def at_rest(interface):
     """Wait until the path has done what there is to do."""
-    threading.Event().wait(0.05)
+    wait_until_idle(interface.thread)
     interface.path.stop()
-    interface.thread.join(10)
+    interface.thread.join(60)
 
 
 @pytest.mark.parametrize("size", [60, 2500, 7000])
@@ -362,7 +362,7 @@ def test_the_rest_of_a_frame_that_waited_is_noted():
         interface.give(HEADER + 2000)
         interface.thread.start()
         arrive(interface, 2000 + 100)
-        threading.Event().wait(0.05)
+        wait_until_idle(interface.thread)
         interface.driver.memory = 0x40000
         _, target = interface.driver.send(RX, b"", 1600)
         watched = Watched(interface.ram)
@@ -424,7 +424,7 @@ def test_a_copy_that_follows_a_busy_disk_never_misses_a_page(tmp_path):
 
             os.eventfd_write(disk.kick_fd, 1)
             follow(disk.ram, dirty, copy, is_over)
-            for _ in range(1000):  # until the path is at rest; what it missed stays missed
+            for _ in range(60_000):  # until the path is at rest; what it missed stays missed
                 follow(disk.ram, dirty, copy, lambda: True)
                 if not differing(copy, bytes(disk.ram.map)):
                     break

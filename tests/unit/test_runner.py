@@ -9,7 +9,7 @@ import pytest
 from hypervisor.eventloop import EventLoop
 from hypervisor.runner import LoopRunner, ThreadRunner
 
-SECONDS = 10
+SECONDS = 60
 
 
 class Queue:
