@@ -28,7 +28,7 @@ def start(number, *arguments, operation=0, flags=2, folder=b"/", window=WINDOW, 
 def agent_process():
     """Start the program; yields it and the socket that leads to it."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(20)
+    ours.settimeout(60)
     process = subprocess.Popen([program(), str(theirs.fileno())], pass_fds=[theirs.fileno()])
     theirs.close()
     with process, ours:
@@ -37,7 +37,7 @@ def agent_process():
         finally:
             ours.close()
             try:
-                process.wait(10)
+                process.wait(60)
             finally:
                 process.kill()
 

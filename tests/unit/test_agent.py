@@ -134,9 +134,13 @@ def test_check_raises_with_what_it_said(agent):
 
 def test_a_timeout_kills_the_process_group_and_tells_what_ran(agent):
     began = time.monotonic()
-    with pytest.raises(CommandTimeout, match=r"(?s)sleep 1000.*not done after 0.3 s.*so far") as caught:
-        agent.run("echo so far $$; sleep 1000 & wait", timeout=0.3)
-    assert time.monotonic() - began < 4
+    for seconds in (0.3, 3, 30):  # a busy host may not have come to the echo yet
+        with pytest.raises(CommandTimeout, match=rf"(?s)sleep 1000.*not done after {seconds} s") as caught:
+            agent.run("echo so far $$; sleep 1000 & wait", timeout=seconds)
+        if "so far" in caught.value.stdout:
+            break
+    assert time.monotonic() - began < 120
+    assert "so far" in str(caught.value)
     assert isinstance(caught.value, TimeoutError)
     assert isinstance(caught.value, AgentError)
     group = int(caught.value.stdout.split()[-1])
@@ -182,7 +186,7 @@ def test_many_commands_side_by_side(agent):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         assert answers == dict.fromkeys(range(20), True)
 
 
@@ -192,6 +196,7 @@ def test_no_more_than_the_agent_can(agent):
             stack.enter_context(agent.popen("sleep 1000"))
         with pytest.raises(AgentError, match="32 commands run in the guest already"):
             agent.run("true")
+    wait_for(lambda: not agent._session._running)  # they have been killed, which takes its time
     assert agent.run("echo on").stdout == "on\n"
 
 
@@ -207,7 +212,7 @@ def test_a_conversation_with_a_process(agent):
         process.stdin.close()
         assert process.stdout.read() == ""
         assert process.stderr.read() == "end\n"
-        assert process.wait(10) == 7
+        assert process.wait(60) == 7
         assert process.returncode == 7
 
 
@@ -216,17 +221,17 @@ def test_signals(agent):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
         assert process.stdout.readline() == "got it\n"
-        assert process.wait(10) == 5
+        assert process.wait(60) == 5
     with agent.popen(["sleep", "1000"]) as process:
         with pytest.raises(TimeoutError, match=r"sleep 1000: still runs after 0.05 s"):
             process.wait(0.05)
         process.terminate()
-        assert process.wait(10) == -15
+        assert process.wait(60) == -15
 
 
 def test_the_status_comes_before_the_output_of_what_it_left_behind(agent):
     process = agent.popen("sleep 1000 & exit 2")
-    assert process.wait(10) == 2
+    assert process.wait(60) == 2
     process.kill()  # its group is still there
     assert process.stdout.read() == ""
 
@@ -252,7 +257,7 @@ def test_a_slow_reader_stops_the_writer_and_costs_no_memory(agent):
 
 def test_writing_to_what_has_ended(agent):
     with agent.popen("exit 0") as process:
-        process.wait(10)
+        process.wait(60)
         with pytest.raises(BrokenPipeError):
             process.stdin.write("x")
 
@@ -269,7 +274,7 @@ def living(group):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -451,7 +456,7 @@ def test_a_new_conversation_ends_the_calls_of_the_old_one():
         number = int(process.stdout.readline())
         agent.resync(keep=True)
         with pytest.raises(AgentError, match="put back to another moment"):
-            process.wait(10)
+            process.wait(60)
         with pytest.raises(AgentError, match="put back"):
             process.stdout.read()
         assert living(number)
@@ -474,7 +479,7 @@ def test_an_agent_that_dies():
         running = agent.popen("sleep 1")
         process.kill()
         with pytest.raises(AgentError, match="the agent has gone"):
-            running.wait(10)
+            running.wait(60)
         with pytest.raises(AgentError, match="the agent has gone"):
             agent.run("true")
 
@@ -491,7 +496,14 @@ def test_the_host_breaks_a_conversation_off_and_begins_another():
         before = agent.received
         agent.run("echo some output")
         assert agent.received >= before + len("some output")
-        threading.Timer(0.3, agent.abort, ["the guest has panicked"]).start()
+
+        def abort():
+            wait_for(lambda: agent._session._running)
+            agent.abort("the guest has panicked")
+
+        thread = threading.Thread(target=abort)
+        thread.start()
         with pytest.raises(AgentError, match="the guest has panicked"):
-            agent.run("sleep 60")
+            agent.run("sleep 1000")
+        thread.join()
         assert agent.run("echo again").stdout == "again\n"
