@@ -108,12 +108,12 @@ def test_a_timeout_gives_124(capfd: pytest.CaptureFixture[str]) -> None:
 )
 def test_a_host_that_panics_is_told(said: bytes, why: str) -> None:
     with followed(said) as (output, errors, screen, _), pytest.raises(HostCannotError, match=why):
-        bochs.Run("cafe", 5, verbose=False).follow(output, errors, screen)
+        bochs.Run("cafe", 60, verbose=False).follow(output, errors, screen)
 
 
 def test_a_guest_may_speak_of_a_panic(capfd: pytest.CaptureFixture[str]) -> None:
     with followed(START + b"Kernel panic\n" + end(4)) as (output, errors, screen, _):
-        assert bochs.Run("cafe", 5, verbose=False).follow(output, errors, screen) == 4
+        assert bochs.Run("cafe", 60, verbose=False).follow(output, errors, screen) == 4
     assert capfd.readouterr().out == "Kernel panic\n"
 
 
@@ -172,4 +172,4 @@ def test_output_that_nobody_reads_ends_the_run(tmp_path: Path) -> None:
         assert running.stdout is not None
         assert running.stdout.readline() == b"more\n"
         running.stdout.close()
-        assert running.wait(20) == 128 + 13  # as a shell has it for SIGPIPE
+        assert running.wait(60) == 128 + 13  # as a shell has it for SIGPIPE
