@@ -35,7 +35,7 @@ def console(ring, loop):
 
 def test_what_the_run_loop_pushes_is_output(console, ring):
     ring.push(b"Linux version 6.1\r\n")
-    assert console.expect(r"version (\d+)\.(\d+)", timeout=5).groups() == (b"6", b"1")
+    assert console.expect(r"version (\d+)\.(\d+)", timeout=60).groups() == (b"6", b"1")
     assert console.output == b"Linux version 6.1\r\n"
 
 
@@ -49,7 +49,7 @@ def test_expect_goes_on_after_the_last_match(console):
 
 def test_expect_waits_for_what_comes_later(console):
     threading.Timer(0.05, console.write_from_guest, [b"login: "]).start()
-    console.expect("login: ", timeout=5)
+    console.expect("login: ", timeout=60)
 
 
 def test_a_timeout_shows_the_last_lines(console):
@@ -114,7 +114,7 @@ class Receiver:
 
 def read_all(receiver, size):
     data = b""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(data) < size and time.monotonic() < deadline:
         data += receiver.read() if receiver.fifo else b""
         time.sleep(0.0005)
@@ -149,11 +149,12 @@ def test_input_that_nobody_reads_is_bounded_and_room_is_announced(console):
     receiver = Receiver(console)
     console.write(b"")
     read_all(receiver, MAX_PENDING)
-    assert announced.wait(5)
+    assert announced.wait(60)
 
 
 @pytest.mark.parametrize("split", [0, 5, 20, 26])
-def test_a_panic_is_seen_even_when_it_comes_in_pieces(console, split):
+def test_a_panic_is_seen_even_when_it_comes_in_pieces(console, monkeypatch, split):
+    monkeypatch.setattr("hypervisor.console.PANIC_GRACE_NS", 3600 * 10**9)  # its end is what it is declared at
     words = []
     console.on_panic = words.append
     text = b"[    1.0] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n---[ end Kernel panic - not syncing"
@@ -161,7 +162,7 @@ def test_a_panic_is_seen_even_when_it_comes_in_pieces(console, split):
     console.pump()
     console.write_from_guest(text[split:])
     console.pump()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while not words and time.monotonic() < deadline:
         time.sleep(0.001)
     assert words == ["VFS: Unable to mount root fs"]

@@ -68,7 +68,7 @@ def test_waiting_input_is_delivered_after_the_load(consoles, settled, looks):
     console.ready = lambda: not asked.append(1)
     console.deliver = got.set
     console.load({"input": b"x", "settled": settled})
-    assert got.wait(10)
+    assert got.wait(60)
     assert len(asked) == looks
 
 
@@ -77,7 +77,7 @@ def test_a_console_that_listens_says_so(consoles):
     got = threading.Event()
     console.deliver = got.set
     console.write("x")
-    assert got.wait(10)
+    assert got.wait(60)
     assert console.state() == {"input": b"x", "settled": True}
 
 
@@ -88,7 +88,7 @@ def test_room_is_announced_when_input_is_dropped(consoles):
     console.on_input_room = announced.set
     console.write(b"x" * MAX_PENDING)
     console.load(IDLE)
-    assert announced.wait(10)
+    assert announced.wait(60)
     assert console.input_room == MAX_PENDING
 
 
@@ -120,7 +120,7 @@ def test_a_read_after_the_load_waits_for_something_new(consoles):
     console.load(IDLE)
     timer = threading.Timer(0.05, lambda: (console.write_from_guest(b"new"), console.pump()))
     timer.start()
-    assert console.read(timeout=10) == b"new"
+    assert console.read(timeout=60) == b"new"
     timer.join()
 
 
@@ -128,7 +128,7 @@ def test_who_waits_already_waits_for_what_comes_after_the_load(consoles):
     console = consoles()
     console.write_from_guest(b"login")
     found = []
-    waiting = threading.Thread(target=lambda: found.append(console.expect(r"(\w+): ", timeout=10)[1]))
+    waiting = threading.Thread(target=lambda: found.append(console.expect(r"(\w+): ", timeout=60)[1]))
     waiting.start()
     console.load(IDLE)
     console.write_from_guest(b"password: ")
@@ -137,7 +137,8 @@ def test_who_waits_already_waits_for_what_comes_after_the_load(consoles):
     assert found == [b"password"]
 
 
-def test_a_panic_before_the_load_was_another_guest_s(consoles):
+def test_a_panic_before_the_load_was_another_guest_s(consoles, monkeypatch):
+    monkeypatch.setattr("hypervisor.console.PANIC_GRACE_NS", 3600 * 10**9)  # the load comes first, however late
     console = consoles(started=True)
     words, declared = [], threading.Event()
     console.on_panic = lambda text: (words.append(text), declared.set())
@@ -150,7 +151,7 @@ def test_a_panic_before_the_load_was_another_guest_s(consoles):
     console._declare_panic()  # the loop had begun to when the state was loaded
     console.write_from_guest(PANIC % b"of after")
     console.pump()
-    assert declared.wait(10)
+    assert declared.wait(60)
     assert words == ["of after"]
 
 
@@ -169,7 +170,7 @@ def test_a_guest_that_had_ended_goes_on(consoles):
     console.load(IDLE)
     timer = threading.Timer(0.05, lambda: (console.write_from_guest(b"alive"), console.pump()))
     timer.start()
-    console.expect("alive", timeout=10)
+    console.expect("alive", timeout=60)
     timer.join()
 
 
