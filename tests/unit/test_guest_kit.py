@@ -130,15 +130,26 @@ def wait_on_a_condition():
         condition.wait(60)
 
 
+def interrupt_soon(interrupter):
+    """Interrupt the main thread, once its window is open."""
+
+    def interrupt():
+        end = time.monotonic() + 60
+        while not interrupter.interrupt(KeyError("here")) and time.monotonic() < end:
+            time.sleep(0.01)
+
+    soon(interrupt)
+
+
 @pytest.mark.parametrize("wait", [lambda: time.sleep(60), lambda: threading.Event().wait(60), wait_on_a_condition])
 def test_an_interruption_ends_what_the_main_thread_waits_for(interrupter, wait):
-    soon(lambda: interrupter.interrupt(KeyError("here")))
+    interrupt_soon(interrupter)
     with pytest.raises(KeyError, match="here"), interrupter.window():
         wait()
 
 
 def test_an_interruption_ends_a_loop(interrupter):
-    soon(lambda: interrupter.interrupt(KeyError("here")))
+    interrupt_soon(interrupter)
     with pytest.raises(KeyError, match="here"), interrupter.window():
         loop()
 

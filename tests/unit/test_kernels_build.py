@@ -491,7 +491,14 @@ def test_who_interrupts_a_program_ends_it(tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_watch_looks_while_the_program_runs():
-    looks = []
-    programs.watch(["sh", "-c", "sleep 0.5"], lambda: looks.append(1))
+def test_watch_looks_while_the_program_runs(tmp_path):
+    looks, seen = [], tmp_path / "seen"
+
+    def look():
+        looks.append(1)
+        if len(looks) == 2:
+            seen.touch()
+
+    script = 'for i in $(seq 600); do test -e "$1" && exit; sleep 0.1; done; exit 1'
+    programs.watch(["sh", "-c", script, "sh", str(seen)], look)
     assert len(looks) >= 2

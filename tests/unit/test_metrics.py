@@ -1,6 +1,8 @@
 """Prometheus' view of a running machine: what is served, and to clients that mean well or not."""
 
+import contextlib
 import errno
+import http.client
 import os
 import socket
 import threading
@@ -47,6 +49,14 @@ def get(url, **headers):
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - our own
     with DIRECT.open(request, timeout=60) as answer:
         return answer.read().decode(), answer.headers
+
+
+def get_in_the_end(url):
+    """Get it although the server gives a client little time, of which this thread may miss all."""
+    for _ in range(20):
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return get(url)
+    return get(url)
 
 
 def port_of(server):
@@ -105,12 +115,15 @@ def test_a_profile_serves_for_a_second(served, asked, monkeypatch):
     server = served()
     for _ in range(3):
         get(server.url)
-    assert len(asked) == 1
+    assert metrics.FRESH_SECONDS == 1
+    began = time.monotonic()
+    assert len(asked) <= 1 + (began - asked[0])  # one, unless this took longer than that
     monkeypatch.setattr(metrics, "FRESH_SECONDS", 0)
     time.sleep(1.1)
+    before = len(asked)
     get(server.url)
     get(server.url)
-    assert len(asked) == 3
+    assert len(asked) == before + 2
 
 
 @pytest.mark.parametrize(
@@ -150,7 +163,7 @@ def test_a_client_that_says_nothing_is_dropped_and_the_next_is_served(served, mo
     server = served()
     with socket.create_connection(("127.0.0.1", port_of(server))) as silent:
         silent.settimeout(60)
-        assert exits_in(get(server.url)[0]) == sample().exits.count
+        assert exits_in(get_in_the_end(server.url)[0]) == sample().exits.count
         assert silent.recv(100) == b""
 
 
@@ -163,24 +176,21 @@ def test_a_client_that_says_little_at_a_time_is_dropped(served, monkeypatch):
             while time.monotonic() < began + 60:
                 slow.send(b"x")
                 time.sleep(0.02)
-    assert exits_in(get(server.url)[0]) == sample().exits.count
+    assert exits_in(get_in_the_end(server.url)[0]) == sample().exits.count
 
 
 def test_a_client_that_does_not_read_its_answer_is_dropped(served, monkeypatch):
     monkeypatch.setattr(metrics, "CLIENT_SECONDS", 1.0)
 
-    requests = []
-
-    def much_at_first(self, environ, start_response):
-        requests.append(environ)
+    def app(self, environ, start_response):
         start_response("200 OK", [])
-        return [b"x" * (64 << 20 if len(requests) == 1 else 5)]
+        return [b"x" * (64 << 20 if environ["QUERY_STRING"] == "much" else 5)]
 
-    monkeypatch.setattr(metrics.MetricsServer, "_app", much_at_first)
+    monkeypatch.setattr(metrics.MetricsServer, "_app", app)
     server = served()
     with socket.create_connection(("127.0.0.1", port_of(server))) as deaf:
-        deaf.send(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert get(server.url)[0] == "xxxxx"
+        deaf.send(b"GET /metrics?much HTTP/1.0\r\n\r\n")
+        assert get_in_the_end(server.url)[0] == "xxxxx"
 
 
 def test_many_clients_at_once_are_served_by_one_thread(served):
@@ -199,10 +209,10 @@ def test_many_clients_at_once_are_served_by_one_thread(served):
 def test_after_a_client_the_thread_rests(served, monkeypatch):
     monkeypatch.setattr(metrics, "LEAST_REST", 0.5)
     server = served()
+    began = time.monotonic()  # before the rest begins
     get(server.url)
-    began = time.monotonic()
     get(server.url)
-    assert time.monotonic() - began > 0.3
+    assert time.monotonic() - began >= 0.5
 
 
 def test_closing_waits_for_no_rest(served, monkeypatch):

@@ -317,15 +317,12 @@ def test_the_timeline_works_by_keys(show):
 @browser_only
 def test_the_heat_map_is_drawn_and_tells(show):
     page = show(sample())
-    page.wait_for_timeout(100)
-    painted = page.evaluate(
-        """() => { const canvas = document.getElementById("heat");
+    colours = """() => { const canvas = document.getElementById("heat");
             const data = canvas.getContext("2d").getImageData(60, 8, canvas.width - 70, canvas.height - 40).data;
             const colours = new Set();
             for (let i = 0; i < data.length; i += 4) if (data[i + 3]) colours.add(data.slice(i, i + 3).join());
             return colours.size; }"""
-    )
-    assert painted > 3
+    page.wait_for_function(f"({colours})() > 3", timeout=60_000)
     page.locator("#heat").scroll_into_view_if_needed()
     box = page.locator("#heat").bounding_box()
     page.mouse.move(box["x"] + 200, box["y"] + 100)
@@ -492,6 +489,5 @@ def test_text_has_contrast(show, scheme):
 def test_a_large_profile_is_drawn_in_time(show):
     start = time.monotonic()
     page = show(large(300_000))
-    page.wait_for_timeout(100)
-    assert page.locator(".frame").count() > 10
+    page.locator(".frame").nth(10).wait_for(state="attached", timeout=60_000)
     assert time.monotonic() - start < 60  # a page that hangs, not one that is slow

@@ -3,6 +3,7 @@
 import gc
 import select
 import threading
+import time
 from struct import unpack_from
 
 import pytest
@@ -213,11 +214,18 @@ def test_a_port_becomes_readable_when_a_delay_is_over():
     with Network() as network:
         one, two = (network.attach(name) for name in ("one", "two"))
         buffer = memoryview(bytearray(100))
-        with network.delay(0.05):
-            one.send([memoryview(EVERYBODY + MAC["a"] + b"\x88\xb5")])
-        assert two.receive(buffer) is None
-        assert not readable(two)
-        assert readable(two, 10)
+        for seconds in (0.05, 15):
+            began = time.monotonic()
+            with network.delay(seconds):
+                one.send([memoryview(EVERYBODY + MAC["a"] + b"\x88\xb5")])
+            early = two.receive(buffer), readable(two)
+            if time.monotonic() < began + seconds:
+                break
+            network.flush()  # this thread was too late to see it
+            while two.receive(buffer) is not None:
+                pass
+        assert early == (None, False)
+        assert readable(two, 60)
         assert two.receive(buffer) == 14
         assert two.receive(buffer) is None
         assert not readable(two)
@@ -230,14 +238,19 @@ def test_a_port_wakes_for_the_frame_that_is_there_first():
     with Network() as network:
         one, two = (network.attach(name) for name in ("one", "two"))
         buffer, frame = memoryview(bytearray(100)), [memoryview(EVERYBODY + MAC["a"] + b"\x88\xb5")]
-        for seconds in (3600, 0.1, 0):
-            with network.delay(seconds):
-                one.send(frame)
-        assert readable(two)
-        assert two.receive(buffer) == 14
-        assert two.receive(buffer) is None
-        assert not readable(two)
-        assert readable(two, 10)
+        for near in (0.1, 15):
+            began = time.monotonic()
+            for seconds in (3600, near, 0):
+                with network.delay(seconds):
+                    one.send(frame)
+            early = readable(two), two.receive(buffer), two.receive(buffer), readable(two)
+            if time.monotonic() < began + near:
+                break
+            network.flush()  # this thread was too late to see it
+            while two.receive(buffer) is not None:
+                pass
+        assert early == (True, 14, None, False)
+        assert readable(two, 60)
         assert two.receive(buffer) == 14
         assert two.receive(buffer) is None
         assert not readable(two)

@@ -65,10 +65,13 @@ def test_a_write_that_failed_may_have_changed_a_part():
 def test_a_copy_made_while_others_write_is_whole():
     image = TrackedImage(MemoryImage(bytes(SIZE)))
     copy = bytearray(SIZE)
+    enough = threading.Event()
 
     def work(seed):
         chance = random.Random(seed)
-        for _ in range(3000):
+        for number in range(1_000_000):
+            if number >= 3000 and enough.is_set():
+                break
             size = 512 * chance.randint(1, 200)
             write(image, 512 * chance.randint(0, (SIZE - size) // 512), chance.randbytes(16) * (size // 16))
 
@@ -81,6 +84,8 @@ def test_a_copy_made_while_others_write_is_whole():
         for offset, size in image.collect():
             copy[offset : offset + size] = read(image, offset, size)
         rounds += 1
+        if rounds > 2:
+            enough.set()
         if are_done:
             break
     assert rounds > 2
