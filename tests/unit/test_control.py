@@ -478,5 +478,5 @@ def test_the_folders_lock_is_waited_for_but_not_for_ever(published, runtime, mon
         began = time.monotonic()
         with pytest.raises(HostError, match="cannot publish"):
             published()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
     published()

@@ -162,7 +162,7 @@ def test_a_slow_disk_until_it_is_cleared(driver, image):
     slow.join(0.05)
     assert slow.is_alive()
     image.clear()
-    slow.join(30)
+    slow.join(60)
     assert not slow.is_alive()
 
 

@@ -130,12 +130,12 @@ def test_a_level_whose_cause_remains_is_raised_again(vm, interrupts, loop):
     pin.is_asserted = lambda: asserted[0]
     pin.raise_again = lambda: (raised.append(1), seen.set())
     os.eventfd_write(pin.resample_fd, 1)
-    assert seen.wait(10)
+    assert seen.wait(60)
     asserted[0] = False
     os.eventfd_write(pin.resample_fd, 1)
     done = threading.Event()
     loop.call_soon(lambda: loop.call_soon(done.set))
-    assert done.wait(10)
+    assert done.wait(60)
     assert raised == [1]
 
 
@@ -249,7 +249,7 @@ def test_an_end_of_interrupt_that_nobody_has_seen_is_seen_to(loop, vm):
         done.set()
 
     loop.call_soon(settle)
-    assert done.wait(10)
+    assert done.wait(60)
     assert vm.delivered == [LINE]
     interrupts.close()
 

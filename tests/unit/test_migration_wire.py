@@ -21,7 +21,7 @@ PLAIN = st.recursive(
 @pytest.fixture
 def pair():
     here, there = socket.socketpair()
-    wires = Wire(here, seconds=5), Wire(there, seconds=5)
+    wires = Wire(here, seconds=60), Wire(there, seconds=60)
     yield wires
     for wire in wires:
         wire.close()
@@ -31,7 +31,7 @@ def pair():
 def test_a_frame_arrives_as_it_was_sent(form, pieces):
     here, there = socket.socketpair()
     with here, there:
-        sender, receiver = Wire(here, seconds=5), Wire(there, seconds=5)
+        sender, receiver = Wire(here, seconds=60), Wire(there, seconds=60)
         sender.send(Kind.STATE, form, [memoryview(piece) for piece in pieces])
         frame = receiver.receive()
         data = bytearray(frame.size)
@@ -54,7 +54,7 @@ def test_an_end_within_a_frame_is_a_broken_connection():
         here.sendall(HEADER.pack(b"HVM1", Kind.STATE, 100, 0) + b"short")
         here.shutdown(socket.SHUT_WR)
         with pytest.raises(ConnectionResetError):
-            Wire(there, seconds=5).receive()
+            Wire(there, seconds=60).receive()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_is_no_frame_is_refused_before_anything_is_kept(header):
     with here, there:
         here.sendall(header)
         with pytest.raises(MigrationError):
-            Wire(there, seconds=5).receive()
+            Wire(there, seconds=60).receive()
 
 
 def test_noise():
@@ -85,7 +85,7 @@ def test_noise():
             here.sendall(random.Random(seed).randbytes(100))
             here.shutdown(socket.SHUT_WR)
             with pytest.raises((MigrationError, OSError)):
-                Wire(there, seconds=5).receive()
+                Wire(there, seconds=60).receive()
 
 
 def test_a_silent_end_is_gone_after_a_while(pair):
@@ -104,7 +104,7 @@ def accepted(listener):
 
     def accept():
         try:
-            result.append(listener.accept(10))
+            result.append(listener.accept(60))
         except (OSError, MigrationError) as error:
             result.append(error)
 
@@ -122,7 +122,7 @@ def accepted(listener):
 def test_two_ends_meet(tmp_path, address):
     listener = Listener(address.format(tmp_path))
     come = accepted(listener)
-    wire = connect(listener.address, seconds=5)
+    wire = connect(listener.address, seconds=60)
     other = come()
     wire.send(Kind.GO)
     assert other.receive().kind is Kind.GO
@@ -170,7 +170,7 @@ def test_tls_with_certificates_of_one_authority_only(tmp_path):
         listener = Listener("tcp:127.0.0.1:0", tls=ours)
         come = accepted(listener)
         try:
-            wire = connect(listener.address, tls=tls, seconds=5)
+            wire = connect(listener.address, tls=tls, seconds=60)
             wire.send(Kind.HELLO)
             with pytest.raises((MigrationError, OSError, EOFError)):
                 wire.receive()
@@ -181,7 +181,7 @@ def test_tls_with_certificates_of_one_authority_only(tmp_path):
         listener.close()
     listener = Listener("tcp:127.0.0.1:0", tls=ours)
     come = accepted(listener)
-    wire = connect(listener.address, tls=ours, seconds=5)
+    wire = connect(listener.address, tls=ours, seconds=60)
     other = come()
     wire.send(Kind.PAGES, {"runs": []}, [memoryview(b"x" * 100000)])
     frame = other.receive()

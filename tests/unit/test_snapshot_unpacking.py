@@ -80,7 +80,7 @@ def test_a_damaged_chunk_is_found_when_it_is_wanted(tmp_path):
 class Guest:
     """The end that wants pages."""
 
-    def __init__(self, snapshot, runs, seconds=20):
+    def __init__(self, snapshot, runs, seconds=60):
         self.connection, self.there = socket.socketpair()
         self.server = PageServer(packed(snapshot), self.there, runs, seconds)
         self.error = None
@@ -178,11 +178,11 @@ def test_an_end_that_is_gone_ends_it(saved, word):
     guest = Guest(saved[0], [])
     guest.connection.sendall(word)
     guest.connection.shutdown(socket.SHUT_WR)
-    guest.thread.join(20)
+    guest.thread.join(60)
     assert isinstance(guest.end(), ConnectionResetError)
 
 
 def test_an_end_that_takes_nothing_is_gone_after_a_time(saved):
     guest = Guest(saved[0], runs_of(saved[0].memory), seconds=0.05)
-    guest.thread.join(20)
+    guest.thread.join(60)
     assert isinstance(guest.end(), TimeoutError)

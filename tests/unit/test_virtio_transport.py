@@ -238,7 +238,7 @@ def test_2_4_1_a_reset_waits_for_what_is_in_flight(ram):
     class Slow(Echo):
         def handle(self, queue, chain):
             begun.set()
-            assert go_on.wait(10)
+            assert go_on.wait(60)
             return super().handle(queue, chain)
 
     device = Slow(ram)
@@ -249,14 +249,14 @@ def test_2_4_1_a_reset_waits_for_what_is_in_flight(ram):
     driver.start()
     try:
         driver.send(0, b"abc", 3)
-        assert begun.wait(10)
+        assert begun.wait(60)
         resetting = threading.Thread(target=driver.transport.write_status, args=(0,))
         resetting.start()
         resetting.join(0.05)
         assert resetting.is_alive()
         assert driver.transport.status & DRIVER_OK
         go_on.set()
-        resetting.join(10)
+        resetting.join(60)
         assert driver.transport.status == 0
         before = bytes(ram.low)
         assert len(driver.queues[0].collect()) == 1
