@@ -8,8 +8,8 @@ import pytest
 
 from hypervisor import Machine, MachineConfig
 
-GRACE = 10
-"""Seconds that threads may take to end: those of a request's answer are nobody's to wait for."""
+GRACE = 120
+"""Seconds that threads may take to end on a busy host: those of a request's answer are nobody's to wait for."""
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -21,15 +21,18 @@ GUESTS = {
     "pit": {"kernel": "timer"},
     "threads": {"kernel": "preempt"},
 }
+ENDLESS = {"kernel": "dirtier", "ram_mib": 96, "append": "0 5 2000000 24"}
+"""It runs until something is typed."""
 
 
 def config(settings):
     return MachineConfig(**({"ram_mib": 8, "debug_exit": "raw"} | settings))
 
 
-def stopped(settings, seconds=0.01):
-    """Return a machine that stands still after a while, not ended."""
+def stopped(settings, seconds=0.01, *, prepare=lambda: None):
+    """Return a machine that stands still after a while, not ended; `prepare` is called before each attempt."""
     while True:
+        prepare()
         machine = Machine(config(settings))
         machine.start()
         time.sleep(seconds)
@@ -78,12 +81,13 @@ def test_a_paused_machine_stays_paused():
 
 @pytest.mark.parametrize("virtio", ["mmio", "pci"])
 def test_a_machine_that_was_killed_lives_again(virtio):
-    settings = GUESTS["checksum"] | {"nets": ["none"], "rng": True, "virtio": virtio}
+    settings = ENDLESS | {"nets": ["none"], "rng": True, "virtio": virtio}
     with stopped(settings) as machine, machine.checkpoint() as checkpoint:
         machine.resume()
         assert machine.kill(Outcome(Stop.KILLED, status=9)).status == 9
         assert checkpoint.reset() >= 0
         assert machine.outcome is None
+        machine.console.write("end")
         assert machine.wait(TIMEOUT).status == 0
         assert machine.exits.count
 
@@ -106,10 +110,9 @@ def test_disks_go_back_too(tmp_path, kind):
     """What is written after the checkpoint is in memory only, until the checkpoint is given up."""
     transactions = 20
     path = tmp_path / "disk"
-    path.write_bytes(bytes(SIZE))
     expected = b"REDONE 0 NEXT 1\n" + b"".join(b"DONE %d\n" % n for n in range(1, transactions + 1))
     settings = {"kernel": "virtio-journal", "virtio": "mmio", "disks": [f"{path}{kind}"], "append": str(transactions)}
-    with stopped(settings, 0.02) as machine:
+    with stopped(settings, 0.02, prepare=lambda: path.write_bytes(bytes(SIZE))) as machine:
         first = machine.console.output
         with machine.checkpoint() as checkpoint:
             machine.resume()

@@ -45,7 +45,7 @@ def run(image, *words, before=(), preexec_fn=None, **environment):
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
         stdin=subprocess.DEVNULL,
         preexec_fn=preexec_fn,
         env={**os.environ, **environment},

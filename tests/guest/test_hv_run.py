@@ -1,10 +1,12 @@
 """`hv run` with small guests: statuses, signals, the terminal, consoles that block, fill up or go away."""
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -14,7 +16,9 @@ import images
 import pytest
 from guest_code import EXIT_WITH
 
+from hypervisor.errors import VmmError
 from hypervisor.host import Kind, quick_kind
+from hypervisor.profile.live_client import ask
 
 pytestmark = pytest.mark.kvm
 
@@ -27,7 +31,7 @@ STRING_FLOOD = bytes.fromhex("fc baf803 b90010 31f6 f36e ebf7".replace(" ", ""))
 SAY_OK = bytes.fromhex("baf803 b06f ee b06b ee ebfe".replace(" ", ""))
 # l: mov dx,0x3fd; in al,dx; test al,1; jz l; mov dx,0x3f8; in al,dx; out dx,al; cmp al,'q'; jne l; out 0xf4,0
 ECHO = bytes.fromhex("bafd03 ec a801 74f8 baf803 ec ee 3c71 75ef b000 e6f4 f4".replace(" ", ""))
-SECONDS = 60
+SECONDS = 120
 
 
 @pytest.fixture
@@ -193,9 +197,28 @@ def rss_kib(pid):
         return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
 
 
+def until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def bytes_in(pipe):
+    return struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.FIONREAD, bytes(4)))[0]
+
+
+def has_exits(name):
+    try:
+        return ask(name, "summary", timeout=SECONDS)["vcpus"][0]["exits"]
+    except VmmError:
+        return 0  # it is still on its way
+
+
 def test_a_blocked_standard_output_blocks_no_vcpu_and_is_bounded(image):
     """Nobody reads the pipe; the guest floods it and counts on: it must go on running, in bounded memory."""
     process = start(image(STRING_FLOOD), pipesize=4096)
+    until(lambda: bytes_in(process.stdout))
     time.sleep(2)
     first = rss_kib(process.pid)
     time.sleep(3)
@@ -208,17 +231,20 @@ def test_a_blocked_standard_output_blocks_no_vcpu_and_is_bounded(image):
 
 
 @pytest.mark.slow
-def test_a_guest_that_hammers_for_a_minute_leaves_memory_and_log_bounded(tmp_path):
+def test_a_guest_that_hammers_for_a_minute_leaves_memory_and_log_bounded(tmp_path, monkeypatch):
     """Ports, memory-mapped I/O and the UART, as fast as it can, with every event logged."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     errors = tmp_path / "errors"
+    name = ["--name", "hammer"]
     with errors.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hypervisor", "run", "hammer", "--ram", "16", "--log-level", "debug"],
+            [sys.executable, "-m", "hypervisor", "run", "hammer", "--ram", "16", "--log-level", "debug", *name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=file,
         )
-        time.sleep(10)  # imports, the console's last MiB and the allocator have settled
+        until(lambda: has_exits("hammer"))
+        time.sleep(10)  # late imports, the console's last MiB and the allocator have settled
         first = rss_kib(process.pid)
         time.sleep(50)
         grown = rss_kib(process.pid) - first
@@ -252,7 +278,7 @@ def test_the_console_on_a_pseudo_terminal(image):
 
 def test_a_configuration_file(image, tmp_path):
     config = tmp_path / "machine.toml"
-    config.write_text(f'kernel = "{image(EXIT_WITH[5])}"\nflat = 16\nram_mib = 2\nconsole = "none"\ntimeout = 30\n')
+    config.write_text(f'kernel = "{image(EXIT_WITH[5])}"\nflat = 16\nram_mib = 2\nconsole = "none"\ntimeout = 100\n')
     arguments = [sys.executable, "-m", "hypervisor", "run", "--config", str(config)]
     assert subprocess.run(arguments, check=False, timeout=SECONDS).returncode == 11
     assert subprocess.run([*arguments, "--debug-exit", "raw"], check=False, timeout=SECONDS).returncode == 5
@@ -336,7 +362,7 @@ def test_a_killed_hv_leaves_a_sane_terminal_and_no_guest(terminal, image):
     assert screen.is_raw()
     screen.process.kill()
     screen.process.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS
     while termios.tcgetattr(screen.slave) != screen.before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert termios.tcgetattr(screen.slave) == screen.before

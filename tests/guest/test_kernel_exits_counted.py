@@ -128,14 +128,18 @@ def test_memory_that_is_none(watched):
 
 def test_halts_and_how_long_they_were(watched):
     """A halt's time is in the kernel's exit that began it, and what KVM calls halted is a part of that."""
-    machine, kernel = watched("timer", flat=None, append="20")
-    run(machine)
-    rows = kernel.read()
-    stats = machine.vcpus[0].stats()
-    halts = [row for row in rows if row.reason in HALT]
-    assert count(halts, HALT) == stats["halt_exits"] >= 20
-    assert 0 < halted_ns(stats) <= sum(row.handler.total for row in halts)
-    assert_complete(machine, rows)
+    for _attempt in range(20):
+        machine, kernel = watched("timer", flat=None, append="20")
+        run(machine)
+        rows = kernel.read()
+        stats = machine.vcpus[0].stats()
+        halts = [row for row in rows if row.reason in HALT]
+        assert count(halts, HALT) == stats["halt_exits"] > 0
+        assert 0 < halted_ns(stats) <= sum(row.handler.total for row in halts)
+        assert_complete(machine, rows)
+        if stats["halt_exits"] >= 20:
+            break  # else ticks that came while it was not let run followed one another without a halt
+    assert stats["halt_exits"] >= 20
 
 
 def test_each_vcpu_has_its_own_rows(watched):
@@ -155,15 +159,28 @@ def test_another_machine_is_not_counted(watched, machine_of):
 
 
 def test_it_can_be_read_while_the_guest_runs(watched):
-    machine, kernel = watched(outs(20_000))
+    class Done:
+        answer = 0
+
+        def read(self, offset, size):
+            return self.answer
+
+        write = None
+
+    # l: in al,0x99; test al,al; jz l; mov al,0; out 0xf4,al; hlt
+    machine, kernel = watched(bytes.fromhex("e499 84c0 74fa b000 e6f4 f4".replace(" ", "")))
+    done = Done()
+    machine.bus_pio.claim(0x99, 1, done, "done")
     machine.start()
     seen = [0]
-    while machine.outcome is None:
+    deadline = time.monotonic() + 120
+    while len(set(seen)) < 20 and time.monotonic() < deadline:
         seen.append(Exits(kernel.read()).count)
         time.sleep(0.02)
+    done.answer = 1
+    assert machine.wait(timeout=120).status == 0
     assert seen == sorted(seen)
-    assert len(set(seen)) > 2
-    assert machine.wait().status == 0
+    assert len(set(seen)) == 20
     assert_complete(machine, kernel.read())
 
 
@@ -193,7 +210,7 @@ def traces():
     return found
 
 
-def wait_until(test, seconds=20):
+def wait_until(test, seconds=120):
     deadline = time.monotonic() + seconds
     while not test() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -205,12 +222,13 @@ def test_nothing_is_left_when_it_is_closed(traced):
         KernelExits.open(2)[0].close()
     before = traces(), programs(), sorted(os.listdir("/proc/self/fd"))
     with KernelExits.open(2)[0] as kernel:
-        assert len(programs()) == len(before[1]) + 2
+        ours = programs() - before[1]  # those that others have closed may go any moment
+        assert len(ours) == 2
         assert traces() == before[0]
         with open("/proc/self/maps") as maps:
             assert "bpf-map" in maps.read()
     assert kernel.read() == []
-    wait_until(lambda: programs() == before[1])
+    wait_until(lambda: not ours & programs())
     assert (traces(), sorted(os.listdir("/proc/self/fd"))) == (before[0], before[2])
     with open("/proc/self/maps") as maps:
         assert "bpf-map" not in maps.read()
@@ -224,9 +242,10 @@ def test_nothing_is_left_of_a_process_that_was_killed(traced):
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "True\n"
-        assert len(programs()) == len(before[1]) + 2
+        ours = programs() - before[1]
+        assert len(ours) == 2
         child.send_signal(signal.SIGKILL)
-    wait_until(lambda: programs() == before[1])
+    wait_until(lambda: not ours & programs())
     assert traces() == before[0]
 
 
@@ -242,7 +261,7 @@ def test_a_machine_that_fails_leaves_its_counts(watched):
     machine, kernel = watched(bytes.fromhex("ba5856ecf4"))  # mov dx,0x5658; in al,dx; hlt
     machine.bus_pio.claim(0x5658, 1, Broken(), "broken")
     with pytest.raises(RuntimeError, match="a bug in a device"):
-        machine.run(timeout=60)
+        machine.run(timeout=120)
     assert count(kernel.read(), PORT_IO) == 1
 
 

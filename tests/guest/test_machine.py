@@ -15,6 +15,8 @@ from hypervisor.kvm import Kvm
 
 pytestmark = pytest.mark.kvm
 
+TIMEOUT = 120
+"""Seconds: far more than any of these takes, on a busy host too."""
 SPIN = bytes.fromhex("fa ebfd")  # cli; l: jmp l (to the cli)
 COUNT = bytes.fromhex("66 31 c0 66 40 66 a3 00 05 eb f8")  # xor eax,eax; l: inc eax; mov [0x500],eax; jmp l
 
@@ -39,7 +41,7 @@ class Probe:
     ("how", "value", "status"), [("raw", 7, 7), ("raw", 0, 0), ("qemu", 7, 15), ("qemu", 0, 1), ("qemu", 255, 255)]
 )
 def test_the_guests_own_status(machine_of, how, value, status):
-    outcome = machine_of(EXIT_WITH[value], debug_exit=how).run(timeout=20)
+    outcome = machine_of(EXIT_WITH[value], debug_exit=how).run(timeout=TIMEOUT)
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, status)
 
 
@@ -48,7 +50,7 @@ def test_what_is_where_has_a_name(machine_of):
     # mov dx,0x3fa; in al,dx; mov al,0; out 0xf4,al
     machine = machine_of(bytes.fromhex("bafa03 ec b000 e6f4"))
     machine.bus_pio.claim(0x5658, 4, Probe(), "dice")
-    machine.run(timeout=20)
+    machine.run(timeout=TIMEOUT)
     names = {port: machine.bus_pio.name_of(port, write=True) for port in (0x3FA, 0xF4, 0x5659, 0x71, 0x80)}
     assert names == {
         0x3FA: ("uart0", "FCR"),
@@ -66,7 +68,7 @@ def test_string_output_and_open_bus(machine_of):
         + b"hello"
     )
     machine = machine_of(code)
-    assert machine.run(timeout=20).status == 0
+    assert machine.run(timeout=TIMEOUT).status == 0
     assert machine.console.output == b"hello\xff"
 
 
@@ -76,7 +78,7 @@ def test_a_python_device_on_a_port(machine_of):
     code = bytes.fromhex("ba5856 66ed 66a30005 ed ec b8efbe ef b000 e6f4 f4".replace(" ", ""))
     machine = machine_of(code)
     machine.bus_pio.claim(0x5658, 4, device, "probe")
-    machine.run(timeout=20)
+    machine.run(timeout=TIMEOUT)
     assert device.reads == [(0, 4), (0, 2), (0, 1)]
     assert device.writes == [(0, 2, 0xBEEF)]
     assert machine.memory.read(0x500, 4) == bytes.fromhex("f0debc9a")
@@ -93,7 +95,7 @@ def test_string_input_takes_one_answer_for_each_element(machine_of):
     code = bytes.fromhex("ba5856 bf0005 b90500 fc f36c b000 e6f4 f4".replace(" ", ""))
     machine = machine_of(code)
     machine.bus_pio.claim(0x5658, 1, device, "counter")
-    machine.run(timeout=20)
+    machine.run(timeout=TIMEOUT)
     assert machine.memory.read(0x500, 6) == bytes([1, 2, 3, 4, 5, 0])
 
 
@@ -104,7 +106,7 @@ def test_a_python_device_in_memory(machine_of):
     code = bytes.fromhex("a1040000d0 a3080000d0 c605010000d007 b000 e6f4 f4".replace(" ", ""))
     machine = machine_of(code, flat=32)
     machine.bus_mmio.claim(0xD000_0000, 0x1000, device, "probe")
-    assert machine.run(timeout=20).status == 0
+    assert machine.run(timeout=TIMEOUT).status == 0
     assert device.reads == [(4, 4)]
     assert device.writes == [(8, 4, 0x42), (1, 1, 7)]
 
@@ -113,7 +115,7 @@ def test_unclaimed_memory_reads_as_all_ones(machine_of):
     # mov eax,[0xd0000000]; mov [0x500],eax; mov [0xd0000000],eax; out 0xf4
     code = bytes.fromhex("a1000000d0 a300050000 a3000000d0 b000 e6f4 f4".replace(" ", ""))
     machine = machine_of(code, flat=32)
-    assert machine.run(timeout=20).status == 0
+    assert machine.run(timeout=TIMEOUT).status == 0
     assert machine.memory.read(0x500, 4) == b"\xff\xff\xff\xff"
 
 
@@ -124,19 +126,19 @@ def test_pci_configuration_in_memory_and_by_ports_is_one(machine_of):
     # mov eax,0x80000000; mov edx,0xcf8; out dx,eax; mov dl,0xfc; in eax,dx; mov [0x508],eax; out 0xf4
     code += "b800000080 baf80c0000 ef b2fc ed a308050000 b000 e6f4 f4"
     machine = machine_of(bytes.fromhex(code.replace(" ", "")), flat=32)
-    assert machine.run(timeout=20).status == 0
+    assert machine.run(timeout=TIMEOUT).status == 0
     assert machine.memory.read(0x500, 12) == bytes.fromhex("8680570d ffffffff 8680570d")
 
 
 def test_halt_without_interrupt_controllers_is_an_end(machine_of):
-    outcome = machine_of(b"\xf4", irqchip="none").run(timeout=20)
+    outcome = machine_of(b"\xf4", irqchip="none").run(timeout=TIMEOUT)
     assert (outcome.reason, outcome.status) == (Stop.HALTED, 0)
 
 
 def test_a_triple_fault_is_explained(machine_of):
     # lidt [zero]; ud2: an exception without an interrupt table, in protected mode
     code = bytes.fromhex("0f011d10001000 0f0b f4".replace(" ", "")).ljust(0x40, b"\0")
-    outcome = machine_of(code, flat=32).run(timeout=20)
+    outcome = machine_of(code, flat=32).run(timeout=TIMEOUT)
     assert (outcome.reason, outcome.status) == (Stop.TRIPLE_FAULT, 4)
     assert "triple fault" in outcome.message
     assert "\n" not in outcome.message
@@ -165,7 +167,7 @@ def test_pause_holds_the_guest_still_and_resume_lets_it_go_on(machine_of):
         int.from_bytes(first, "little"), int.from_bytes(first, "little") + 2
     )
     machine.resume()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + TIMEOUT
     while machine.memory.read(0x500, 4) == first and time.monotonic() < deadline:
         time.sleep(0.01)
     assert machine.memory.read(0x500, 4) != first
@@ -182,7 +184,7 @@ def test_a_thousand_kicks_are_none_lost(machine_of):
 def test_registers_before_and_after_the_run(machine_of):
     machine = machine_of(EXIT_WITH[5])
     assert machine.vcpus[0].registers["rip"] == 0x7C00
-    machine.run(timeout=20)
+    machine.run(timeout=TIMEOUT)
     assert machine.vcpus[0].registers["rax"] & 0xFF == 5
 
 
@@ -194,7 +196,7 @@ def test_a_device_that_fails_ends_the_machine_loudly(machine_of):
     machine = machine_of(bytes.fromhex("ba5856eef4"))
     machine.bus_pio.claim(0x5658, 1, Broken(), "broken")
     with pytest.raises(RuntimeError, match="a bug in a device"):
-        machine.run(timeout=20)
+        machine.run(timeout=TIMEOUT)
     assert machine.outcome.status == 5
 
 
@@ -218,7 +220,7 @@ def test_machines_live_side_by_side_in_several_threads(machine_of):
     outcomes = {}
 
     def one(code):
-        outcomes[code] = machine_of(EXIT_WITH[code]).run(timeout=60).status
+        outcomes[code] = machine_of(EXIT_WITH[code]).run(timeout=TIMEOUT).status
 
     threads = [threading.Thread(target=one, args=(code,)) for code in range(1, 7)]
     for thread in threads:
@@ -238,16 +240,19 @@ def holdings():
 def test_sixteen_machines_leave_nothing_behind(machine_of):
     def cycle():
         machine = machine_of(EXIT_WITH[0])
-        machine.run(timeout=20)
+        machine.run(timeout=TIMEOUT)
         machine.close()
 
     for _ in range(3):  # allocator arenas and lazy imports settle
         cycle()
-    before = holdings()
-    for _ in range(16):
-        cycle()
-    after = holdings()
-    assert after[:2] == before[:2]
+    for _attempt in range(5):  # threads that meet for the first time may need an arena and stacks; a leak comes again
+        before = holdings()
+        for _ in range(16):
+            cycle()
+        after = holdings()
+        assert after[:2] == before[:2]
+        if after[2] <= before[2] + 1:
+            break
     assert after[2] <= before[2] + 1  # the allocator may grow by one arena
 
 
@@ -257,7 +262,7 @@ def test_a_machine_that_was_never_started_closes(machine_of):
 
 def test_exits_are_counted(machine_of):
     machine = machine_of(bytes.fromhex("b90a00 ba8000 ee e2fd b000 e6f4 f4".replace(" ", "")))
-    machine.run(timeout=20)
+    machine.run(timeout=TIMEOUT)
     handle = machine.vcpus[0].handle
     assert sum(handle.exit_counts.values()) == 11
     assert [record.address for record in handle.recent_exits] == [0x80] * 10 + [0xF4]
@@ -272,7 +277,7 @@ def test_the_console_takes_input(machine_of):
     machine = machine_of(code)
     machine.start()
     machine.console.write("hello, world\nq")
-    assert machine.wait(timeout=60).status == 0
+    assert machine.wait(timeout=TIMEOUT).status == 0
     assert machine.console.output == b"hello, world\nq"
 
 
@@ -285,7 +290,7 @@ def test_each_vcpus_thread_says_who_it_is_before_it_runs(machine_of):
 
     for vcpu in machine.vcpus:
         vcpu.on_thread = partial(note, vcpu.index)
-    machine.run(timeout=20)
+    machine.run(timeout=TIMEOUT)
     assert seen.keys() == {0, 1}
     assert all(tid == its_own != threading.get_native_id() and not exits for tid, its_own, exits in seen.values())
 
@@ -297,19 +302,21 @@ def test_a_vcpus_thread_that_cannot_begin_ends_the_machine_loudly(machine_of):
     machine = machine_of(EXIT_WITH[0])
     machine.vcpus[0].on_thread = fail
     with pytest.raises(RuntimeError, match="no place for it"):
-        machine.run(timeout=20)
+        machine.run(timeout=TIMEOUT)
     assert machine.vcpus[0].handle.exit_counts == {}
 
 
 def test_reset_and_power_off(machine_of):
-    assert machine_of(bytes.fromhex("b0fe e664 f4".replace(" ", ""))).run(timeout=20).reason is Stop.RESET
-    assert machine_of(bytes.fromhex("baf90c b006 ee f4".replace(" ", ""))).run(timeout=20).reason is Stop.RESET
-    # mov dx,0x604; mov ax,0x2000|(5<<10); out dx,ax
-    assert machine_of(bytes.fromhex("ba0406 b80034 ef f4".replace(" ", ""))).run(timeout=20).reason is Stop.POWER_OFF
+    def end_of(code):
+        return machine_of(bytes.fromhex(code.replace(" ", ""))).run(timeout=TIMEOUT).reason
+
+    assert end_of("b0fe e664 f4") is Stop.RESET
+    assert end_of("baf90c b006 ee f4") is Stop.RESET
+    assert end_of("ba0406 b80034 ef f4") is Stop.POWER_OFF  # mov dx,0x604; mov ax,0x2000|(5<<10); out dx,ax
 
 
 def test_ram_above_four_gib_is_there(machine_of):
     machine = machine_of(EXIT_WITH[0], ram_mib=5 * 1024)
     machine.memory.write(5 << 30, b"high")
-    assert machine.run(timeout=20).status == 0
+    assert machine.run(timeout=TIMEOUT).status == 0
     assert machine.memory.read(5 << 30, 4) == b"high"

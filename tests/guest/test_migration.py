@@ -334,7 +334,7 @@ from hypervisor.migration.target import receive
 from hypervisor.migration.wire import Listener
 listener = Listener(sys.argv[1])
 print("ready", flush=True)
-with receive(listener.accept(60)) as machine:
+with receive(listener.accept(120)) as machine:
     machine.start()
     print("mine", flush=True)
     machine.console.write(b"end")

@@ -7,7 +7,7 @@ from carried import machine_of, put, take
 
 pytestmark = pytest.mark.kvm
 
-TIMEOUT = 60
+TIMEOUT = 120
 ECHO = bytes.fromhex(
     "ba fc03 b0 0b ee"  # mov dx,0x3fc; mov al,0x0b; out dx,al         MCR: OUT2
     "ba fa03 b0 81 ee"  # mov dx,0x3fa; mov al,0x81; out dx,al         FCR: FIFOs

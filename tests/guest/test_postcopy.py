@@ -31,7 +31,7 @@ from hypervisor.migration.target import receive
 from hypervisor.migration.wire import Listener
 listener = Listener(sys.argv[1])
 print("ready", flush=True)
-with receive(listener.accept(60), accept=listener.accept) as machine:
+with receive(listener.accept(120), accept=listener.accept) as machine:
     listener.close()
     machine.start()
     print("mine", flush=True)

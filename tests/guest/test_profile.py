@@ -182,16 +182,20 @@ def test_a_running_machine_and_a_closed_one_can_be_asked(machine_of):
 
 def test_a_handler_that_sleeps_is_seen_to(run):
     seconds, times = 0.02, 6
-    machine, path, log, _ = run(loop_of(times), seconds=seconds, record={})
-    assert len(log) == times
     least = seconds * 1e9 * 0.999  # two clocks, and one of them is measured by the other
-    for exits in (machine.exits, load(path).exits):
-        latency = exits.pio("probe").latency
-        assert latency.count == times
-        assert latency.total >= times * least
-        assert latency.max >= least
-        assert latency.percentile(1) >= least * 15 / 16
-        assert exits.pio("debug-exit").latency.total < latency.total
+    for _attempt in range(10):
+        machine, path, log, _ = run(loop_of(times), seconds=seconds, record={})
+        assert len(log) == times
+        both = machine.exits, load(path).exits
+        for exits in both:
+            latency = exits.pio("probe").latency
+            assert latency.count == times
+            assert latency.total >= times * least
+            assert latency.max >= least
+            assert latency.percentile(1) >= least * 15 / 16
+        if all(exits.pio("debug-exit").latency.total < exits.pio("probe").latency.total for exits in both):
+            return  # else the host has let that one wait
+    raise AssertionError("the time is another handler's")
 
 
 def test_guest_time_and_handler_time_are_the_vcpus_time(run):

@@ -171,16 +171,18 @@ def test_a_prepared_state_is_the_state_that_is_loaded(name):
             prepared = prepare(vm, state)
             plain, ram = carried.to_plain(state), whole(machine)
             while compared % 4 != 3 and run_on(machine, chance):
+                began = time.monotonic_ns()
                 machine.memory.write(0, ram)
                 loaded = load(vm, state)
                 by_load = take(machine)[0]
                 applied = prepared.apply()
                 by_apply = take(machine)[0]
+                most = 2e9 + time.monotonic_ns() - began
                 assert_same(by_load, plain)
                 assert_same(by_apply, plain)
                 assert applied == loaded
                 clocks = [state["vm"]["clock"]["guest_ns"] for state in (plain, by_load, by_apply)]
-                assert all(0 <= clock - clocks[0] < 2e9 for clock in clocks), "no time passes for the guest"
+                assert all(0 <= clock - clocks[0] < most for clock in clocks), "no time passes for the guest"
                 compared += 1
     assert compared
 
@@ -204,10 +206,11 @@ def test_a_prepared_state_keeps_the_clock_and_the_tsc_together():
         for pause in (0, 0.05, 0.2):
             time.sleep(pause)
             assert prepared.apply().exact_tsc == load(vm, state).exact_tsc
+            began = time.monotonic_ns()
             prepared.apply()
             assert abs(apart() - before) < 1000
             age = int.from_bytes(save(vm, carried.MSRS).vm.pit[16:24], "little", signed=True)
-            late = 0.05e9 if is_software_kvm() else 2e9  # an emulated host is slow
+            late = 0.05e9 + time.monotonic_ns() - began  # it goes on at once
             assert abs(age - int.from_bytes(state.vm.pit[16:24], "little", signed=True)) < late
 
 
@@ -230,7 +233,9 @@ def test_set_back_at_random_moments_the_guest_ends_as_ever(name, capsys):
     chance = random.Random(name)
     expected = alone(GUESTS[name])
     resets = 0
-    for _ in range(4):
+    for attempt in range(ATTEMPTS):
+        if attempt >= 4 and resets >= 5:
+            break
         with stopped(name, chance) as machine:
             ram, plain = whole(machine), carried.to_plain(save(machine._vm, carried.MSRS))
             rewind = Rewind(machine._vm, machine.memory.marks, carried.MSRS)

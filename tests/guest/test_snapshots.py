@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
+from test_checkpoints import ENDLESS, config, stopped
 from test_checkpoints import GUESTS as SMALL_GUESTS
-from test_checkpoints import config, stopped
-from test_journal import SIZE, last_of
+from test_journal import FOREVER, SIZE, last_of
 
 from hypervisor import Machine, SnapshotError, VmmError
 from hypervisor.host import is_software_kvm
@@ -25,6 +25,7 @@ TIMEOUT = 120
 IS_SOFTWARE = is_software_kvm()
 ALTERED = 60 if IS_SOFTWARE else 12
 """Values of a state that are replaced, for each kind of nonsense; an emulated host takes its time for each."""
+ATTEMPTS = 20
 GUESTS = SMALL_GUESTS | {"above 4 GiB": {"kernel": "checksum", "ram_mib": 3200}}
 
 
@@ -34,9 +35,9 @@ def alone(settings):
         return outcome.status, machine.console.output
 
 
-def saved_at(settings, path, seconds, **how):
+def saved_at(settings, path, seconds, *, prepare=lambda: None, **how):
     """Save a guest after a while; return what it had printed by then."""
-    with stopped(settings, seconds) as machine:
+    with stopped(settings, seconds, prepare=prepare) as machine:
         machine.save(path, **how)
         return machine.console.output
 
@@ -57,20 +58,22 @@ def test_a_restored_guest_goes_on_as_if_nothing_had_been(name, tmp_path):
 
 
 def test_the_saved_machine_itself_goes_on(tmp_path):
-    expected = alone(GUESTS["checksum"])
-    with Machine(config(GUESTS["checksum"])) as machine:
+    with Machine(config(ENDLESS)) as machine:
         machine.start()
         time.sleep(0.01)
         machine.save(tmp_path / "s")
-        assert machine.wait(TIMEOUT).status == expected[0]
-        assert machine.console.output == expected[1]
+        machine.console.write("end")
+        assert machine.wait(TIMEOUT).status == 0
 
 
 def test_saved_restored_and_saved_again_at_random_moments(tmp_path):
     """A chain of machines, each restored from the one before, full and differential, raw and compressed."""
     chance = random.Random(5)
     expected = alone(GUESTS["checksum"])
-    for run in range(4 if IS_SOFTWARE else 2):
+    saves = 0
+    for run in range(ATTEMPTS):
+        if run >= (4 if IS_SOFTWARE else 2) and saves > run:
+            break  # else it has ended early: this host is busy
         output, last, number = b"", None, 0
         while True:
             with Machine(config(GUESTS["checksum"])) if last is None else Machine.restore(last) as machine:
@@ -89,13 +92,15 @@ def test_saved_restored_and_saved_again_at_random_moments(tmp_path):
                 output += machine.console.output
                 last = path
         assert (status, output) == expected
-        assert number > 1
+        saves += number
+    assert saves > run
 
 
 @pytest.mark.parametrize("virtio", [{}, {"nets": ["none"], "rng": True}])
 def test_changes_that_were_logged_are_all_that_there_are(tmp_path, virtio):
     """Saves that look at logged pages only, against all of memory at the same moments."""
-    with Machine(config(journal(disk_of(tmp_path / "disk", "raw")) | virtio)) as machine:
+    settings = journal(disk_of(tmp_path / "disk", "raw")) | {"append": str(FOREVER)}
+    with Machine(config(settings | virtio)) as machine:
         seen = []
         capture = machine.capture
 
@@ -111,12 +116,9 @@ def test_changes_that_were_logged_are_all_that_there_are(tmp_path, virtio):
             machine.resume()
             time.sleep(0.01)
             machine.pause()
-            if machine.outcome is not None:
-                break
             machine.save(tmp_path / f"{number}", base=tmp_path / f"{number - 1}", track=True)
             assert machine.memory.is_tracked
             assert memory_of(tmp_path / f"{number}") == seen[-1]
-        assert number > 1
         machine.save(tmp_path / "other", base=tmp_path / "0")  # the log is of another one: all is compared
         assert not machine.memory.is_tracked
         assert memory_of(tmp_path / "other") == seen[-1]
@@ -161,9 +163,7 @@ sys.exit(status)
 
 def test_suspended_here_and_resumed_in_another_process(tmp_path):
     expected = alone(GUESTS["deadline"])
-    with Machine(config(GUESTS["deadline"])) as machine:
-        machine.start()
-        time.sleep(0.01)
+    with stopped(GUESTS["deadline"]) as machine:
         machine.save(tmp_path / "s", suspend=True)
         outcome = machine.wait(TIMEOUT)
         assert (outcome.reason, outcome.status) == (Stop.SUSPENDED, 0)
@@ -213,7 +213,7 @@ def test_a_guest_with_a_disk_goes_on_as_often_as_one_wants(tmp_path, how):
     form, _, kind = how.partition(",")
     path = disk_of(tmp_path / "disk", form)
     settings = journal(path, kind and f",{kind}")
-    first = saved_at(settings, tmp_path / "s", 0.03)
+    first = saved_at(settings, tmp_path / "s", 0.03, prepare=lambda: disk_of(tmp_path / "disk", form))
     before = digest(tmp_path / "s")
     for _ in range(2):
         status, output = rest(tmp_path / "s", clone=True)
@@ -228,7 +228,9 @@ def digest(folder):
 
 def test_a_suspended_machine_goes_on_with_its_own_disk(tmp_path):
     path = disk_of(tmp_path / "disk", "raw")
-    first = saved_at(journal(path), tmp_path / "s", 0.03, suspend=True)
+    first = saved_at(
+        journal(path), tmp_path / "s", 0.03, prepare=lambda: disk_of(tmp_path / "disk", "raw"), suspend=True
+    )
     status, output = rest(tmp_path / "s")
     assert (status, (first + output).splitlines()[-1]) == (0, b"DONE %d" % TRANSACTIONS)
     assert last_of((tmp_path / "disk").read_bytes()) == TRANSACTIONS
@@ -239,8 +241,17 @@ def test_a_suspended_machine_goes_on_with_its_own_disk(tmp_path):
 def test_a_chain_of_machines_with_disk_network_and_timers(tmp_path):
     """Suspended and resumed at random moments, with requests in flight; nothing is lost and nothing done twice."""
     chance = random.Random(7)
-    path = disk_of(tmp_path / "disk", "raw")
-    settings = journal(path) | {"nets": ["none"], "rng": True}
+    for attempt in range(ATTEMPTS):
+        moves, output = chain(tmp_path, f"{attempt}-", chance)
+        assert output == b"REDONE 0 NEXT 1\n" + b"".join(b"DONE %d\n" % n for n in range(1, TRANSACTIONS + 1))
+        if moves > 3:
+            return
+    raise AssertionError("it had always ended before it was moved as often")
+
+
+def chain(folder, name, chance):
+    """Run a guest on a new disk to its end, in one machine after the other; return how often, and its words."""
+    settings = journal(disk_of(folder / "disk", "raw")) | {"nets": ["none"], "rng": True}
     output, last = b"", None
     for number in range(100):
         with Machine(config(settings)) if last is None else Machine.restore(last) as machine:
@@ -248,14 +259,13 @@ def test_a_chain_of_machines_with_disk_network_and_timers(tmp_path):
             time.sleep(chance.random() * 0.02)
             machine.pause()
             if machine.outcome is None:
-                last = tmp_path / f"s{number}"
+                last = folder / f"{name}{number}"
                 machine.save(last, suspend=True, compress=chance.random() < 0.5)
             output += machine.console.output
             machine.resume()
             if machine.wait(TIMEOUT).reason is not Stop.SUSPENDED:
                 break
-    assert number > 3
-    assert output == b"REDONE 0 NEXT 1\n" + b"".join(b"DONE %d\n" % n for n in range(1, TRANSACTIONS + 1))
+    return number, output
 
 
 @pytest.mark.parametrize("damage", ["gone", "altered", "base"])

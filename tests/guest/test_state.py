@@ -221,12 +221,14 @@ def test_saved_loaded_and_saved_again(name):
     machine, plain, ram = stopped(GUESTS[name], lambda plain: plain["vcpus"][0]["registers"]["rip"] >= 0x100000)
     machine.close()
     with machine_of(GUESTS[name]) as other:
+        began = time.monotonic_ns()
         loaded = put(other, plain, ram)
         again, _ = take(other)
+        spent = time.monotonic_ns() - began
     assert_same(again, plain)
     assert loaded.refused == []
     first, second = plain["vm"]["clock"]["guest_ns"], again["vm"]["clock"]["guest_ns"]
-    assert first < second < first + 2e9, "no time passed for the guest, but for the loading itself"
+    assert first < second < first + spent + 2e9, "no time passed for the guest, but for the loading itself"
     # the PIT's mode and count, channel 0, stay: struct kvm_pit_channel_state begins with the count
     assert again["vm"]["pit"][:4] == plain["vm"]["pit"][:4]
 
@@ -255,18 +257,21 @@ def test_time_stands_still_or_goes_on():
     machine, plain, ram = stopped(DEADLINE, lambda _plain: True)
     machine.close()
     time.sleep(0.5)
-    passed = {}
+    passed, spent = {}, {}
     for advance in (False, True):
         with machine_of(DEADLINE) as other:
+            began = time.monotonic()
             put(other, plain, ram, advance=advance)
             again, _ = take(other)
+            spent[advance] = time.monotonic() - began
             clock = again["vm"]["clock"]["guest_ns"] - plain["vm"]["clock"]["guest_ns"]
             tsc = dict(again["vcpus"][0]["msrs"])[TSC] - dict(plain["vcpus"][0]["msrs"])[TSC]
             passed[advance] = clock / 1e9, tsc / (1000 * plain["vcpus"][0]["tsc_khz"])
-    assert 0 < passed[False][0] < 0.4
+    most = spent[False] + 0.4  # all but what lay between: that it was loaded, and saved again, took its time
+    assert 0 < passed[False][0] < most
     assert passed[True][0] >= 0.5
     if not is_software_kvm():  # where the guest's TSC is the host's, nothing can hold it
-        assert 0 < passed[False][1] < 0.4
+        assert 0 < passed[False][1] < most
         assert passed[True][1] >= 0.5
 
 

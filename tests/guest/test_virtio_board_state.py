@@ -2,9 +2,10 @@
 
 import os
 import threading
+import time
 
 import pytest
-from test_virtio_state_guests import FIRST_ENTRY, is_requested, on_loop
+from test_virtio_state_guests import FIRST_ENTRY, TIMEOUT, is_requested, on_loop
 
 from hypervisor import Machine, MachineConfig
 from hypervisor.kvm.state import from_plain, load, save, to_plain
@@ -233,7 +234,8 @@ def level_at(board, gsi):
 
 
 def wait_for_line(board, gsi):
-    for _ in range(1000):
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
         if is_raised(board, gsi):
             return True
         os.sched_yield()

@@ -22,7 +22,7 @@ def drive(disk, virtio="mmio", **settings):
     with Machine(config) as machine:
         said = []
         machine.console.listeners.append(said.append)
-        outcome = machine.run(timeout=60)
+        outcome = machine.run(timeout=120)
         exits = machine.vcpus[0].handle.exit_counts
     return outcome, b"".join(said).decode(), exits
 
@@ -89,7 +89,7 @@ def test_a_disk_that_is_read_only_fails_the_write(tmp_path):
 @pytest.mark.parametrize("virtio", ["mmio", "pci"])
 def test_no_disk(virtio):
     with Machine(MachineConfig("virtio-blk", ram_mib=4, debug_exit="raw", virtio=virtio, rng=True)) as machine:
-        assert machine.run(timeout=60).status == 1
+        assert machine.run(timeout=120).status == 1
 
 
 def test_machines_give_back_what_their_devices_took(tmp_path, process_files):

@@ -18,6 +18,7 @@ ADDRESS = bytes.fromhex("525400123456")
 EVERYBODY = b"\xff" * 6
 HOST = bytes.fromhex("020000000001")
 ETHERTYPE = bytes.fromhex("88b5")  # IEEE 802: local experimental
+TIMEOUT = 120
 COUNT = 8
 SIZES = [46, 226, 406, 586, 766, 946, 1126, 1306]
 
@@ -39,7 +40,7 @@ def wire():
         subprocess.run([IP, "link", "set", TAP, "up"], check=True)
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, int.from_bytes(ETHERTYPE)) as wire:
             wire.bind((TAP, int.from_bytes(ETHERTYPE)))
-            wire.settimeout(30)
+            wire.settimeout(TIMEOUT)
             yield wire
     finally:
         subprocess.run([IP, "link", "delete", TAP], check=True)
@@ -63,14 +64,14 @@ def run(machine, failures, mac):
     """Run the machine; for a thread of its own."""
     said = []
     machine.console.listeners.append(said.append)
-    outcome = machine.run(timeout=60)
+    outcome = machine.run(timeout=TIMEOUT)
     if (outcome.reason, outcome.status) != (Stop.GUEST_EXIT, 0) or b"".join(said).decode() != f"mac:{mac}\n":
         failures.append((outcome, said))
 
 
 def finish(threads, failures):
     for thread in threads:
-        thread.join(90)
+        thread.join(2 * TIMEOUT)
         assert not thread.is_alive()
     assert failures == []
 
@@ -103,7 +104,7 @@ def test_the_guest_notices_a_wrong_answer(wire, change, status):
         else:
             data.append(0)
         wire.send(ADDRESS + HOST + ETHERTYPE + data)
-        assert machine.wait(timeout=60).status == status
+        assert machine.wait(timeout=TIMEOUT).status == status
 
 
 @pytest.mark.parametrize("virtio", ["mmio", "pci"])
@@ -128,7 +129,7 @@ def test_a_network_that_leads_nowhere_takes_frames(virtio):
         "virtio-net-bench", ram_mib=32, debug_exit="raw", virtio=virtio, nets=["none"], append="50 4 64 0 0"
     )
     with Machine(config) as machine:
-        outcome = machine.run(timeout=60)
+        outcome = machine.run(timeout=TIMEOUT)
         assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
         assert machine.devices["net0"].dropped == 50
 
@@ -174,9 +175,13 @@ def test_the_guest_notices_what_the_switch_does(fault, status):
         second.start()
         first.start()
         if status is None:
+            deadline = time.monotonic() + TIMEOUT
+            while not made.hits:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             with pytest.raises(TimeoutError):
                 first.wait(timeout=1)
         else:
-            assert first.wait(timeout=60).status == status
+            assert first.wait(timeout=TIMEOUT).status == status
         assert made.hits == 1
         assert network.counters["one"].sent == 1

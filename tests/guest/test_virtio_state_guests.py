@@ -20,6 +20,8 @@ from hypervisor.kvm.state import from_plain, load
 pytestmark = pytest.mark.kvm
 
 TIMEOUT = 200
+ATTEMPTS = 20
+"""Of guests that end by themselves: on a busy host one may be over before it was disturbed."""
 
 
 def on_loop(machine, function):
@@ -34,7 +36,7 @@ def on_loop(machine, function):
         done.set()
 
     machine.loop.call_soon(call)
-    assert done.wait(60)
+    assert done.wait(TIMEOUT)
     if failure:
         raise failure[0]
     return result[0]
@@ -100,14 +102,17 @@ def journal(path, count):
 def test_a_journal_is_kept_in_place(tmp_path, kind):
     """Every transaction in order, by the data path, by the model, and by one that waits for a limit."""
     path = tmp_path / "disk"
-    path.write_bytes(bytes(SIZE))
-    count = 25
-    with Machine(journal(f"{path}{kind}", count)) as machine:
-        machine.start()
-        moves = disturb(machine, random.Random(1), 0.02, 40)
-        outcome = machine.wait(TIMEOUT)
-        assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
-        said = machine.console.output.decode()
+    count, chance = 25, random.Random(1)
+    for _attempt in range(ATTEMPTS):
+        path.write_bytes(bytes(SIZE))
+        with Machine(journal(f"{path}{kind}", count)) as machine:
+            machine.start()
+            moves = disturb(machine, chance, 0.02, 40)
+            outcome = machine.wait(TIMEOUT)
+            assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
+            said = machine.console.output.decode()
+        if moves >= 2:
+            break
     assert moves >= 2
     assert said == "REDONE 0 NEXT 1\n" + "".join(f"DONE {number}\n" for number in range(1, count + 1))
     if "overlay" not in kind:
@@ -123,12 +128,16 @@ def test_a_busy_disk_in_place(tmp_path, virtio):
     config = MachineConfig(
         "virtio-blk-bench", ram_mib=64, debug_exit="raw", virtio=virtio, disks=[str(path)], append="60000 32 4096 0 1 0"
     )
-    with Machine(config) as machine:
-        machine.start()
-        moves = disturb(machine, random.Random(2), 0.02, 8)
-        outcome = machine.wait(TIMEOUT)
-        assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
-        assert "requests 60000 ticks" in machine.console.output.decode()
+    chance = random.Random(2)
+    for _attempt in range(ATTEMPTS):
+        with Machine(config) as machine:
+            machine.start()
+            moves = disturb(machine, chance, 0.02, 8)
+            outcome = machine.wait(TIMEOUT)
+            assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
+            assert "requests 60000 ticks" in machine.console.output.decode()
+        if moves:
+            break
     assert moves
 
 
@@ -146,15 +155,18 @@ def test_a_conversation_in_place(tmp_path, monkeypatch, asks, answers):
             )
         )  # fmt: skip
 
-    moves = 0
-    with machine_on(answers, 1, "52:54:00:0a:bc:0d") as second, machine_on(asks, 0, "52:54:00:12:34:56") as first:
-        second.start()
-        first.start()
-        while moves < 40 and first.outcome is None:
-            moves += disturb(chance.choice([first, second]), chance, 0.01, 1)
-        for machine in (first, second):
-            outcome = machine.wait(TIMEOUT)
-            assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
+    for _attempt in range(ATTEMPTS):
+        moves = 0
+        with machine_on(answers, 1, "52:54:00:0a:bc:0d") as second, machine_on(asks, 0, "52:54:00:12:34:56") as first:
+            second.start()
+            first.start()
+            while moves < 40 and first.outcome is None:
+                moves += disturb(chance.choice([first, second]), chance, 0.01, 1)
+            for machine in (first, second):
+                outcome = machine.wait(TIMEOUT)
+                assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
+        if moves >= 2:
+            break
     assert moves >= 2
 
 
@@ -162,10 +174,20 @@ def test_a_conversation_in_place(tmp_path, monkeypatch, asks, answers):
 
 
 def test_a_journal_is_kept_by_one_machine_after_the_other(tmp_path):
-    path = tmp_path / "disk"
+    path, count, chance = tmp_path / "disk", 20, random.Random(4)
+    for _attempt in range(ATTEMPTS):
+        moves, said = moved_about(path, count, chance)
+        assert said.decode() == "REDONE 0 NEXT 1\n" + "".join(f"DONE {number}\n" for number in range(1, count + 1))
+        assert sectors(path.read_bytes(), PLACES, PLACE_COUNT) == state_after(count)
+        if moves >= 2:
+            break
+    assert moves >= 2, "it was hardly ever stopped"
+
+
+def moved_about(path, count, chance):
+    """Run a guest on a new disk to its end, in one machine after the other; return how often, and its words."""
     path.write_bytes(bytes(SIZE))
-    count, moves, said, taken = 20, 0, b"", None
-    chance = random.Random(4)
+    moves, said, taken = 0, b"", None
     while True:
         with Machine(journal(path, count)) as machine:
             if taken is not None:
@@ -183,16 +205,22 @@ def test_a_journal_is_kept_by_one_machine_after_the_other(tmp_path):
         if taken is None:
             break
     assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
-    assert moves >= 2, "it was hardly ever stopped"
-    assert said.decode() == "REDONE 0 NEXT 1\n" + "".join(f"DONE {number}\n" for number in range(1, count + 1))
-    assert sectors(path.read_bytes(), PLACES, PLACE_COUNT) == state_after(count)
+    return moves, said
 
 
 def test_a_machine_goes_back_again_and_again(tmp_path):
     """With its disk; what it did since is as if it had never been."""
-    path = tmp_path / "disk"
+    path, chance = tmp_path / "disk", random.Random(5)
+    for _attempt in range(ATTEMPTS):
+        backs = taken_back(path, chance)
+        if backs >= 3:
+            break
+    assert backs >= 3
+
+
+def taken_back(path, chance):
+    """Run a guest on a new disk to its end, and back on the way until it has ended; return how often it went back."""
     path.write_bytes(bytes(SIZE))
-    chance = random.Random(5)
     with Machine(journal(path, 20)) as machine:
         machine.start()
         while b"DONE 3\n" not in machine.console.output:
@@ -210,7 +238,7 @@ def test_a_machine_goes_back_again_and_again(tmp_path):
 
         on_loop(machine, machine._virtio.resume)
         backs = 0
-        for _ in range(25):
+        for _ in range(25 if machine.outcome is None else 0):
             machine.resume()
             time.sleep(chance.random() * 0.02)
             machine.pause()
@@ -221,8 +249,8 @@ def test_a_machine_goes_back_again_and_again(tmp_path):
         machine.resume()
         outcome = machine.wait(TIMEOUT)
         assert (outcome.reason, outcome.status) == (Stop.GUEST_EXIT, 0), outcome
-    assert backs >= 3
     assert sectors(path.read_bytes(), PLACES, PLACE_COUNT) == state_after(20)
+    return backs
 
 
 # --- interrupts -------------------------------------------------------------------------------------------------------
