@@ -12,7 +12,7 @@ from contextlib import closing, nullcontext
 
 import pytest
 from test_journal import FOREVER, SIZE, content, done_in, journal, new_disk, what_is_wrong
-from test_migration import stands_still, vanish
+from test_migration import DOWNTIME, impatient, migrate, stands_still, vanish
 
 from devices.backends.errors import BackendError
 from devices.backends.image import open_image
@@ -20,7 +20,6 @@ from hypervisor import Machine, MachineConfig
 from hypervisor.errors import ConfigError, HostError
 from hypervisor.host import is_software_kvm
 from hypervisor.migration.disks import TargetDisks
-from hypervisor.migration.source import migrate
 from hypervisor.migration.target import receive
 from hypervisor.migration.wire import Kind, Listener, MigrationError, connect
 from hypervisor.outcome import Stop
@@ -193,10 +192,11 @@ def test_a_target_that_fails_when_it_has_opened_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("has_it", [False, True])
-def test_a_target_that_falls_silent_has_the_guest_if_it_has_the_disk(tmp_path, has_it):
+def test_a_target_that_falls_silent_has_the_guest_if_it_has_the_disk(tmp_path, monkeypatch, has_it):
     """Otherwise nobody knows: the disk is here again, and the guest stands still."""
     disk = new_disk(tmp_path, "raw")
     listener, hold = Listener("tcp:127.0.0.1:0"), threading.Event()
+    impatient(monkeypatch, 1)
 
     def take():
         with closing(open_image(str(disk))) if has_it else nullcontext():
@@ -208,7 +208,7 @@ def test_a_target_that_falls_silent_has_the_guest_if_it_has_the_disk(tmp_path, h
     machine.start()
     wait_for(machine, 2)
     with pytest.raises(MigrationError, match="word is missing") as caught:
-        migrate(machine, listener.address, seconds=1)
+        migrate(machine, listener.address, downtime=DOWNTIME)
     if has_it:
         assert "cannot be opened again" in str(caught.value)
         assert not caught.value.is_certain
@@ -277,7 +277,10 @@ def test_a_target_killed_at_a_random_moment_leaves_one_owner_and_a_whole_disk(tm
     chance = random.Random(7)
     here = there = 0
     whole = TIMEOUT  # the first one is killed when it has arrived, and says how long that takes here
-    for number in range(14 if is_software_kvm() else 5):
+    least = 14 if is_software_kvm() else 5
+    for number in range(4 * least):
+        if number >= least and here:
+            break
         disk = new_disk(tmp_path, ("raw", "qcow2")[number % 2])
         other = tmp_path / f"other{number}"
         address = f"unix:{tmp_path}/socket{number}"
@@ -292,10 +295,11 @@ def test_a_target_killed_at_a_random_moment_leaves_one_owner_and_a_whole_disk(tm
                 killer.start()
             began = time.monotonic()
             moved = attempt(machine, address, copy_disks=copied)
+            if moved:
+                whole = min(whole, time.monotonic() - began)  # on a busy host the first may take long
             if number:
                 killer.join()
             else:
-                whole = time.monotonic() - began
                 process.kill()
             if not moved:
                 assert b"mine" not in process.stdout.read()
