@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hypervisor.control import folder_of_machines
 from hypervisor.errors import ConfigError
-from hypervisor.profile.live_client import ask
+from hypervisor.profile.live_client import ask as _ask
 from hypervisor.profile.metrics import MetricsServer
 
 pytestmark = pytest.mark.kvm
@@ -32,6 +33,7 @@ READ_RTC_1000_TIMES = bytes.fromhex("b9e803 e471 e2fc ebfe".replace(" ", ""))
 # l: in al,0x99; jmp l
 READ_0X99 = bytes.fromhex("e499 ebfc".replace(" ", ""))
 SECONDS = 120
+ask = partial(_ask, timeout=SECONDS)
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -59,7 +61,7 @@ def top(*arguments):
 
 def answers(name):
     try:
-        return ask(name, "summary", timeout=SECONDS)
+        return ask(name, "summary")
     except ConfigError:
         return None
 
@@ -162,8 +164,7 @@ def test_a_terminal_shows_machines_and_their_exits(run, terminal):
     until(lambda: screen.selected() == "spinner", screen.screen)
     screen.press("Up", "Enter")
     screen.shows(r"\A reader   reader.bin, 1 vCPU, pid \d+, up \d")
-    exits = screen.shows(r"^> io +rtc +DATA +in 1 +([\d.k]+) +[\d.]+ [nu]s +[\d.]+ [num]+s +\d+%")
-    assert exits[1] != "0"
+    screen.shows(r"^> io +rtc +DATA +in 1 +[1-9][\d.k]* +[\d.]+ [num]+s +[\d.]+ [num]*s +\d+%")
     screen.press("Escape")
     screen.shows(r"hv top   2 machines")
     screen.press("q")
@@ -285,34 +286,50 @@ def test_a_machine_that_does_not_answer_is_said_so_and_keys_still_work(run, term
 def test_once_prints_a_sample_as_json_and_as_a_table(run):
     pid = run(READ_RTC, "reader").pid
     run(SPIN, "spinner")
-    result = top("--once", "--json", "--interval", "0.5")
-    assert (result.returncode, result.stderr) == (0, "")
-    form = json.loads(result.stdout)
-    assert form["version"] == 1
-    reader, spinner = form["machines"]
+
+    def sample():
+        """One in which both have run: a busy host may let one wait for all of it."""
+        result = top("--once", "--json", "--interval", "0.5")
+        assert (result.returncode, result.stderr) == (0, "")
+        form = json.loads(result.stdout)
+        assert form["version"] == 1
+        taken = form["machines"]
+        is_fair = len(taken) == 2 and taken[0]["exits_per_s"] > 0 and taken[1]["guest_percent"] > 95
+        return is_fair and taken
+
+    reader, spinner = until(sample)
     assert (reader["name"], reader["pid"], reader["kernel"], reader["cpus"]) == ("reader", pid, "reader.bin", 1)
-    assert reader["exits_per_s"] > 0
     assert reader["interval_ns"] >= 400_000_000
     assert reader["guest_percent"] + reader["vmm_percent"] + (reader["halted_percent"] or 0) == pytest.approx(100)
     assert spinner["name"] == "spinner"
     assert spinner["exits_per_s"] < 10  # a kick, perhaps
-    assert spinner["guest_percent"] > 95
-    lines = top("--once", "--interval", "0.3").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["MACHINE", "reader", "spinner"]
+    until(lambda: first_words(top("--once", "--interval", "0.3")) == ["MACHINE", "reader", "spinner"])
+
+
+def first_words(result):
+    return [line.split()[0] for line in result.stdout.splitlines()]
 
 
 def test_once_with_a_machine_prints_its_exits(run):
     run(READ_RTC, "reader")
-    form = json.loads(top("reader", "--once", "--json").stdout)
-    (machine,) = form["machines"]
-    first = machine["exits_by_kind"][0]
+
+    def sample():
+        """One in which it has run nearly all the time, as a busy host may not let it."""
+        result = top("reader", "--once", "--json")
+        if result.returncode:
+            return None
+        (machine,) = json.loads(result.stdout)["machines"]
+        kinds = machine["exits_by_kind"]
+        is_usual = kinds and kinds[0]["vmm_percent"] > 90 and kinds[0]["per_s"] > 0.99 * machine["exits_per_s"]
+        return is_usual and (machine, kinds[0])
+
+    machine, first = until(sample)
     assert [first[name] for name in ("reason", "device", "register", "address", "direction", "size")] == [
         *("io", "rtc", "DATA", 0x71, "in", 1)
     ]
     assert first["per_s"] == pytest.approx(machine["exits_per_s"], rel=0.01)
     assert 0 < first["p50_ns"] <= first["p99_ns"]
-    assert first["vmm_percent"] > 90
-    title, line = top("reader", "--once").stdout.splitlines()[:2]
+    title, line = until(lambda: len(lines := top("reader", "--once").stdout.splitlines()) > 1 and lines[:2])
     assert title.split()[:4] == ["REASON", "DEVICE", "REGISTER", "DIR"]
     assert line.split()[:4] == ["io", "rtc", "DATA", "in"]
 
@@ -361,8 +378,7 @@ def test_a_run_without_a_name_has_one_and_leaves_nothing_behind(tmp_path):
     command = hv("run", str(image), "--flat", "16", "--ram", "2", "--console", "none")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     name = f"guest_kernel.bin-{process.pid}"
-    until(lambda: os.path.exists(os.path.join(folder_of_machines(), name)))
-    assert ask(name, "summary", timeout=SECONDS)["kernel"] == "guest kernel.bin"
+    assert until(lambda: answers(name))["kernel"] == "guest kernel.bin"
     process.send_signal(signal.SIGINT)
     process.wait(SECONDS)
     assert os.listdir(folder_of_machines()) == [".lock"]
@@ -415,7 +431,7 @@ class Stuck:
     def read(self, offset, size):
         self.reads += 1
         if self.reads == 3:
-            self.go_on.wait(SECONDS)
+            self.go_on.wait(4 * SECONDS)
         return 0
 
     def write(self, offset, size, value):
@@ -432,7 +448,7 @@ def test_a_machine_answers_while_its_vcpu_is_stuck_in_a_device(machine_of):
     until(lambda: device.reads == 3)
     try:
         for kind in ("summary", "exits", "profile"):
-            assert ask("web", kind, timeout=10)["vcpus"][0]["halted_ns"] is None
+            assert ask("web", kind)["vcpus"][0]["halted_ns"] is None
         (row,) = (row for row in ask("web", "exits")["exits"] if row["device"] == "stuck")
         assert row["count"] == 3
     finally:
@@ -446,7 +462,7 @@ def test_a_paused_machine_answers(machine_of):
     machine.start()
     machine.pause()
     for kind in ("summary", "exits", "profile"):
-        assert ask("web", kind, timeout=10)["name"] == "web"
+        assert ask("web", kind)["name"] == "web"
     machine.resume()
 
 
@@ -467,7 +483,7 @@ def test_clients_that_mean_harm_do_not_stop_the_guest(machine_of):
             pass
     before = machine.exits.count
     until(lambda: machine.exits.count > before + 1000)
-    assert ask("web", "summary", timeout=SECONDS)["name"] == "web"
+    assert ask("web", "summary")["name"] == "web"
     for client in clients:
         client.close()
 

@@ -212,6 +212,14 @@ def test_a_source_that_is_lost_on_the_way_takes_the_guest_with_it(tmp_path, sent
     assert "the guest is lost" in message
 
 
+def wait_until_it_waits(pid):
+    """Until the main thread sleeps outside of any system call: in a page fault."""
+    deadline = time.monotonic() + TIMEOUT
+    while not Path(f"/proc/{pid}/syscall").read_text().startswith("-1 "):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_thread_that_waits_for_a_page_is_not_told_but_the_process_ends(tmp_path):
     """It holds the GIL, so nothing in Python can be done any more. It must not go on with zeroes."""
     address = f"unix:{tmp_path}/socket"
@@ -219,7 +227,7 @@ def test_a_thread_that_waits_for_a_page_is_not_told_but_the_process_ends(tmp_pat
     program = PROGRAM.replace("outcome = machine", touch + 'print("read", flush=True)\n    outcome = machine')
     with target(address, program) as process, subprocess.Popen([sys.executable, "-c", SOURCE, address, "3"]) as source:
         assert process.stdout.readline() == b"mine\n"
-        time.sleep(0.2)
+        wait_until_it_waits(process.pid)
         source.kill()
         said, complaint = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, said) == (3, b"")
