@@ -1,7 +1,6 @@
 """The pytest plugin, with small guests: each test here runs a pytest of its own."""
 
 import re
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 from hypervisor.cli.test import _plugin
 from hypervisor.host import Kind, quick_kind
 
+SECONDS = 300
+"""Of a whole run: on a busy machine Python alone takes some to start."""
 ROOT = Path(__file__).resolve().parents[2]
 pytest_plugins = ["pytester"]
 
@@ -26,7 +27,7 @@ def run(pytester, monkeypatch):
 
     def start(text, *arguments, **files):
         pytester.makepyfile(test_it=f"import time\nimport pytest\n{text}", **files)
-        return pytester.runpytest_subprocess("-p", _plugin(), "-p", "no:cacheprovider", *arguments, timeout=100)
+        return pytester.runpytest_subprocess("-p", _plugin(), "-p", "no:cacheprovider", *arguments, timeout=SECONDS)
 
     return start
 
@@ -45,8 +46,8 @@ def test_a_guest_is_there_and_its_machine_at_hand(run):
         """
 @pytest.mark.guest(kernel="hello-pio", ram_mib=2, cpus=2)
 def test_hello(machine):
-    machine.console.expect("hello", timeout=20)
-    assert machine.wait(20).status == 1
+    machine.console.expect("hello", timeout=120)
+    assert machine.wait(120).status == 1
     assert machine.exits.pio("uart0", "THR").count == len("hello\\n")
     assert len(machine.vcpus) == 2
     assert machine.config.ram_mib == 2
@@ -130,15 +131,14 @@ def test_a_mark_that_makes_no_sense_is_the_tests_error(run, mark, complaint):
 
 
 def test_a_triple_fault_fails_the_test_at_once_with_its_cause(run, pytester):
-    began = time.monotonic()
+    """A test that waited for its own sleep would outlast SECONDS."""
     result = run(
         """
 @pytest.mark.guest(kernel="triple-fault", ram_mib=2)
 def test_dies(machine):
-    time.sleep(90)
+    time.sleep(1000)
 """
     )
-    assert time.monotonic() - began < 60
     result.assert_outcomes(failed=1)
     said = result.stdout.str()
     assert re.search(f"E +hypervisor.testing.failures.GuestFailed: {CAUSE}", said)
@@ -157,11 +157,11 @@ def test_a_guest_without_progress_fails_the_test(run):
         """
 @pytest.mark.guest(kernel="spin", ram_mib=2, hang_seconds=1.5)
 def test_spins(machine):
-    time.sleep(90)
+    time.sleep(1000)
 
 @pytest.mark.guest(kernel="halt", ram_mib=2, hang_seconds=1.5)
 def test_halts_without_interrupts(machine):
-    machine.console.expect("never", timeout=90)
+    machine.console.expect("never", timeout=1000)
 
 @pytest.mark.guest(kernel="echo", ram_mib=2, hang_seconds=1.5, ready="q ends")
 def test_idle_is_not_hung(machine):
@@ -189,31 +189,31 @@ def test_a_line_of_the_console_fails_the_test_wherever_it_is(run, pytester):
 {ECHO}
 def test_python(machine):
     machine.console.write("[   12.345678] BUG: unable to handle page fault\\nand more\\n")
-    time.sleep(90)
+    time.sleep(1000)
 
 {ECHO}
 def test_caught(machine):
     machine.console.write("BUG: again\\n")
     try:
-        time.sleep(90)
+        time.sleep(1000)
     except Exception:
         pass
 
 {ECHO}
 def test_at_its_end(machine):
     machine.console.write("Oops: at last\\n")
-    machine.console.expect("at last", timeout=20)
+    machine.console.expect("at last", timeout=120)
 
 {ECHO[:-1]}, fail_on="strange")
 def test_own_patterns(machine):
     machine.console.write("BUG: is allowed\\n")
-    machine.console.expect("allowed", timeout=20)
+    machine.console.expect("allowed", timeout=120)
     time.sleep(2)
 
 {ECHO[:-1]}, fail_on=["strange"])
 def test_own_pattern_seen(machine):
     machine.console.write("how strange\\n")
-    time.sleep(90)
+    time.sleep(1000)
 """
     )
     result.assert_outcomes(failed=4, passed=1)
@@ -231,17 +231,17 @@ def test_a_failure_that_is_expected_is_none(run):
 pytestmark = pytest.mark.guest(kernel="triple-fault", ram_mib=2)
 
 def test_dies(machine):
-    with machine.dies("death") as death:
-        time.sleep(90)
+    with machine.dies("death", timeout=120) as death:
+        time.sleep(1000)
     assert "triple fault" in str(death)
 
 def test_dies_by_waiting(machine):
-    with machine.dies():
+    with machine.dies(timeout=120):
         pass
 
 def test_of_something_else(machine):
     with machine.dies("panic"):
-        time.sleep(90)
+        time.sleep(1000)
 
 @pytest.mark.guest(kernel="echo")
 def test_lives(machine):
@@ -280,7 +280,7 @@ def test_what_fails_by_itself_shows_the_guests_console(run, pytester):
 {ECHO}
 def test_assertion(machine):
     machine.console.write("some words")
-    machine.console.expect("words", timeout=20)
+    machine.console.expect("words", timeout=120)
     assert machine.config.ram_mib == 3
 """
     )
@@ -297,7 +297,7 @@ def test_junit_has_the_report_and_where_the_files_are(run, pytester):
         """
 @pytest.mark.guest(kernel="triple-fault", ram_mib=2)
 def test_dies(machine):
-    time.sleep(90)
+    time.sleep(1000)
 """,
         "--junitxml=report.xml",
         "--guest-artifacts=kept",
@@ -345,18 +345,18 @@ def test_echo(machine, number):
     assert machine.memory.read(0x180000, 4) == bytes(4)
     machine.memory.write(0x180000, b"mark")
     machine.console.write(f"word {{number}}")
-    machine.console.expect(f"word {{number}}", timeout=20)
+    machine.console.expect(f"word {{number}}", timeout=120)
     assert machine.exits.pio("uart0", "THR").count == 6
 
 {ECHO}
 def test_ends(machine):
     machine.console.write("q")
-    assert machine.wait(20).status == 1
+    assert machine.wait(120).status == 1
 
 {ECHO}
 def test_after_its_end(machine):
     machine.console.write("alive")
-    machine.console.expect("alive", timeout=20)
+    machine.console.expect("alive", timeout=120)
     assert len({{id(one) for one in seen}}) == 1 and machine.machine is seen[0]
 
 {ECHO[:-1]}, cpus=2)
@@ -380,12 +380,12 @@ def test_a_guest_that_failed_is_put_back_too(run, pytester):
 {ECHO}
 def test_fails(machine):
     machine.console.write("BUG: here\\n")
-    time.sleep(60)
+    time.sleep(1000)
 
 {ECHO}
 def test_next(machine):
     machine.console.write("well")
-    machine.console.expect("well", timeout=20)
+    machine.console.expect("well", timeout=120)
 
 {ECHO}
 def test_closed_by_the_test(machine):
@@ -394,7 +394,7 @@ def test_closed_by_the_test(machine):
 {ECHO}
 def test_next_but_one(machine):
     machine.console.write("well")
-    machine.console.expect("well", timeout=20)
+    machine.console.expect("well", timeout=120)
 """,
         conftest=COUNTS,
     )
@@ -409,12 +409,12 @@ def test_a_machine_that_waits_makes_room_for_one_that_needs_what_it_has(run, pyt
 {ECHO[:-1]}, disks="disk.img,inplace")
 def test_has_the_image(machine):
     machine.console.write("one")
-    machine.console.expect("one", timeout=20)
+    machine.console.expect("one", timeout=120)
 
 {ECHO[:-1]}, disks="disk.img,inplace", cpus=2)
 def test_needs_it_too(machine):
     machine.console.write("two")
-    machine.console.expect("two", timeout=20)
+    machine.console.expect("two", timeout=120)
 """,
         conftest=COUNTS,
     )
@@ -430,13 +430,13 @@ def test_workers_of_pytest_xdist_share_one_boot(run, pytester):
 @pytest.mark.parametrize("number", range(6))
 def test_echo(machine, number):
     machine.console.write(f"word {{number}}")
-    machine.console.expect(f"word {{number}}", timeout=20)
+    machine.console.expect(f"word {{number}}", timeout=120)
     time.sleep(0.5)
 
 {ECHO}
 def test_dies(machine):
     machine.console.write("BUG: in a worker\\n")
-    time.sleep(60)
+    time.sleep(1000)
 """,
         "-p",
         "xdist",
@@ -461,11 +461,15 @@ def test_pytest_timeout_ends_a_test_that_waits_and_the_guest_is_told_of(run):
     pytest.importorskip("pytest_timeout")
     result = run(
         f"""
+@pytest.fixture
+def spoken(machine):
+    machine.console.write("the last words")
+    machine.console.expect("words", timeout=120)
+
 {ECHO}
 @pytest.mark.timeout(3, func_only=True)
-def test_waits(machine):
-    machine.console.write("the last words")
-    machine.console.expect("never", timeout=90)
+def test_waits(machine, spoken):
+    machine.console.expect("never", timeout=1000)
 """,
         "-p",
         "pytest_timeout",
