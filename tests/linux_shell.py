@@ -7,7 +7,7 @@ QUIET = "console=ttyS0 quiet panic=-1 cryptomgr.notests nohz=off"
 """QEMU's TCG forgets the interrupt shadow when it enters a nested guest, so an idle CPU's `sti; hlt` can lose a wake-up
 in the emulated host; a tick that goes on then finds the work."""
 BOOT_SECONDS = 300
-COMMAND_SECONDS = 60
+COMMAND_SECONDS = 240
 
 
 class Shell:

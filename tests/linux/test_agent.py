@@ -55,8 +55,12 @@ def commands(agent):
     assert done[1:] == (3, "out\n", "err\n")
     assert agent.run(["cat", "-"], input=bytes(range(256)), text=False).stdout == bytes(range(256))
     assert agent.run("kill -9 $$").returncode == -9
-    with pytest.raises(CommandTimeout, match="begun"):
-        agent.run("echo begun; sleep 1000 & wait", timeout=2)
+    for seconds in (2, 20, 60):  # a busy host may not have begun in the first
+        with pytest.raises(CommandTimeout) as caught:
+            agent.run("echo begun; sleep 1000 & wait", timeout=seconds)
+        if "begun" in str(caught.value):
+            break
+    assert "begun" in str(caught.value)
     with pytest.raises(GuestRefusal, match="cannot start no-such"):
         agent.run(["no-such"])
     process = agent.popen("while read x; do echo $x$x; done")
@@ -64,7 +68,7 @@ def commands(agent):
         process.stdin.write(f"{word}\n")
         assert process.stdout.readline() == f"{word}{word}\n"
     process.stdin.close()
-    assert process.wait(60) == 0
+    assert process.wait(COMMAND_SECONDS) == 0
 
 
 def files(agent, tmp_path):
@@ -110,7 +114,8 @@ def test_a_guest_that_leaves_the_initramfs_for_its_root(guest):
         append="root=/dev/vda rw init=/bin/busybox -- sh",
         ram_mib=512,
     )
-    for _ in range(100):
+    deadline = time.monotonic() + COMMAND_SECONDS
+    while time.monotonic() < deadline:
         try:
             if agent.run("test -e /etc/debian_version").returncode == 0:
                 break
@@ -128,9 +133,8 @@ def test_the_users_own_initramfs(guest, tmp_path):
     (tmp_path / "init").write_text("#!/bin/sh\necho mine > /mine\nexec sleep 1000000\n")
     build(tmp_path / "own.cpio", init=tmp_path / "init", compress="gzip")
     agent = guest("debian", base=tmp_path / "own.cpio")
-    for _ in range(100):
-        if agent.run("test -e /mine").returncode == 0:
-            break
+    deadline = time.monotonic() + COMMAND_SECONDS
+    while agent.run("test -e /mine").returncode != 0 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert agent.run("cat /mine; uname -r").stdout.startswith("mine\n")
 
@@ -154,4 +158,7 @@ def test_a_guest_that_was_saved_and_restored(guest, tmp_path):
         again.refresh(entropy=os.urandom(32), hostname="copy")
         assert again.run("hostname").stdout == "copy\n"
         again.resync(keep=False)
-        assert "echo never" not in again.run("ps").stdout
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while "echo never" in again.run("ps").stdout:  # until the processes have died of their signal
+            assert time.monotonic() < deadline
+            time.sleep(0.2)

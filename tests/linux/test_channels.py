@@ -7,7 +7,7 @@ import time
 
 import pytest
 from guest_root import SHELL, root_disk
-from linux_shell import QUIET
+from linux_shell import COMMAND_SECONDS, QUIET
 
 pytestmark = pytest.mark.hardware
 
@@ -55,7 +55,7 @@ def shell(request, boot, tmp_path):
 
 def connect(path):
     end = socket.socket(socket.AF_UNIX)
-    end.settimeout(30)
+    end.settimeout(COMMAND_SECONDS)
     end.connect(str(path))
     return end
 
@@ -65,6 +65,15 @@ def read_all(end):
     while chunk := end.recv(65536):
         data += chunk
     return data
+
+
+def read_line(end):
+    data = b""
+    while not data.endswith(b"\n"):
+        chunk = end.recv(100)
+        assert chunk, data
+        data += chunk
+    return data.strip()
 
 
 def resident_mib():
@@ -81,8 +90,8 @@ def test_every_channel(shell, tmp_path):
 
 def entropy(shell):
     """FIPS 140-2 over a megabit; one block in 1250 may fail by chance."""
-    shell.run("dd if=/dev/hwrng bs=1k count=200 of=/tmp/random 2>/dev/null", timeout=60)
-    report = shell.run("rngtest < /tmp/random 2>&1", timeout=60)
+    shell.run("dd if=/dev/hwrng bs=1k count=200 of=/tmp/random 2>/dev/null")
+    report = shell.run("rngtest < /tmp/random 2>&1")
     successes = int(report.split("FIPS 140-2 successes: ")[1].split()[0])
     failures = int(report.split("FIPS 140-2 failures: ")[1].split()[0])
     assert successes >= 78
@@ -94,14 +103,15 @@ def ports(shell, tmp_path):
     end = connect(tmp_path / "agent")
     assert shell.run("cat /sys/class/virtio-ports/*/name") == "agent"
     shell.run("P=/dev/$(grep -l agent /sys/class/virtio-ports/*/name | cut -d/ -f5); echo to the host > $P")
-    assert end.recv(100) == b"to the host\n"
-    shell.run("(head -n 1 < $P > /tmp/got) & sleep 1")
+    assert read_line(end) == b"to the host"
+    shell.run("exec 3< $P")
     end.sendall(b"to the guest\n")
-    assert shell.run("sleep 1; cat /tmp/got") == "to the guest"
+    assert shell.run("head -n 1 <&3") == "to the guest"
+    shell.run("exec 3<&-")
     end.close()
     console = connect(tmp_path / "hvc")
     shell.run("echo on the console > /dev/hvc0")
-    assert console.recv(100).strip() == b"on the console"
+    assert read_line(console) == b"on the console"
     console.close()
 
 
@@ -120,12 +130,12 @@ def vsock(shell, tmp_path):
 
     thread = threading.Thread(target=serve)
     thread.start()
-    assert shell.run(SEND, timeout=60) == "answer 1000"
-    thread.join(30)
+    assert shell.run(SEND) == "answer 1000"
+    thread.join(COMMAND_SECONDS)
     assert got == [1000000]
     server.close()
     shell.machine.console.write(ECHO)
-    shell.machine.console.expect("LISTENING", timeout=60)
+    shell.machine.console.expect("LISTENING", timeout=COMMAND_SECONDS)
     end = connect(tmp_path / "vsock")
     end.sendall(b"CONNECT 77\n")
     assert end.recv(100).startswith(b"OK ")
@@ -133,8 +143,8 @@ def vsock(shell, tmp_path):
     thread = threading.Thread(target=lambda: (end.sendall(data), end.shutdown(socket.SHUT_WR)))
     thread.start()
     assert read_all(end) == data
-    thread.join(30)
-    assert shell.machine.console.expect(rb"echoed (\d+)\s", timeout=60)[1] == b"300000"
+    thread.join(COMMAND_SECONDS)
+    assert shell.machine.console.expect(rb"echoed (\d+)\s", timeout=COMMAND_SECONDS)[1] == b"300000"
     nobody = connect(tmp_path / "vsock")
     nobody.sendall(b"CONNECT 78\n")
     assert nobody.recv(100) == b""
@@ -145,7 +155,7 @@ def vsock(shell, tmp_path):
 
 def balloon(shell):
     """What the guest frees, reports or puts into the balloon comes back to the host."""
-    shell.run("busybox mount -t tmpfs t /mnt; dd if=/dev/urandom of=/mnt/f bs=1M count=150 2>/dev/null", timeout=120)
+    shell.run("busybox mount -t tmpfs t /mnt; dd if=/dev/urandom of=/mnt/f bs=1M count=150 2>/dev/null")
     filled = resident_mib()
     shell.run("rm /mnt/f")
     wait_for(lambda: resident_mib() < filled - 100)  # by free page reporting
@@ -157,7 +167,7 @@ def balloon(shell):
     assert shell.machine.balloon.statistics["total"] > 400 * MIB
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=COMMAND_SECONDS):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

@@ -14,7 +14,7 @@ import threading
 
 import pytest
 from guest_root import SHELL, root_disk
-from linux_shell import QUIET
+from linux_shell import COMMAND_SECONDS, QUIET
 from namespaces import entered, ip, make_tap, namespace
 
 pytestmark = pytest.mark.hardware
@@ -71,8 +71,10 @@ def dhcp_server(folder, interface):
     lines += ("option router 10.9.0.1", f"lease_file {folder}/leases", f"pidfile {folder}/pid")
     (folder / "udhcpd.conf").write_text("\n".join(lines) + "\n")
     with subprocess.Popen(["busybox", "udhcpd", "-f", f"{folder}/udhcpd.conf"], stderr=subprocess.DEVNULL) as server:
-        yield
-        server.terminate()
+        try:
+            yield
+        finally:
+            server.terminate()
 
 
 def take_a_lease(shell):
@@ -81,8 +83,13 @@ def take_a_lease(shell):
     script += '[ -z "$mtu" ] || ip link set eth0 mtu $mtu; '  # passt offers a large one, which is what makes it quick
     script += "ip addr add $ip/24 dev eth0; ip route add default via $router; echo $ip $router > /tmp/lease"
     assert shell.run(f"echo '{script}' > /tmp/dhcp; chmod +x /tmp/dhcp; ip link set eth0 up; echo up") == "up"
-    assert "obtained" in shell.run("busybox udhcpc -n -q -O mtu -i eth0 -s /tmp/dhcp 2>&1", timeout=60)
+    assert "obtained" in shell.run("busybox udhcpc -n -q -t 20 -O mtu -i eth0 -s /tmp/dhcp 2>&1")
     return shell.run("cat /tmp/lease").split()
+
+
+def is_reached(shell, address):
+    """Whether pings are answered, all of three; one that a busy host holds back for long is lost."""
+    return any(" 0% packet loss" in shell.run(f"busybox ping -c 3 -W 30 {address}") for _attempt in range(5))
 
 
 # --- a file each way ------------------------------------------------------------------------------------------------
@@ -135,9 +142,9 @@ PUT = (
 def move_a_file_each_way(shell, address, port, content):
     """By HTTP: the guest gets a file, and puts it back."""
     shell.run("busybox mount -t tmpfs t /mnt")
-    assert shell.run(f"busybox wget -q -O /mnt/f http://{address}:{port}/f && echo got", timeout=120) == "got"
-    assert shell.run("sha256sum /mnt/f", timeout=60).split()[0] == hashlib.sha256(content).hexdigest()
-    assert shell.run(PUT.format(address, port) + " && echo put", timeout=120) == "put"
+    assert shell.run(f"busybox wget -q -O /mnt/f http://{address}:{port}/f && echo got") == "got"
+    assert shell.run("sha256sum /mnt/f").split()[0] == hashlib.sha256(content).hexdigest()
+    assert shell.run(PUT.format(address, port) + " && echo put") == "put"
     assert Files.taken == content
 
 
@@ -149,15 +156,17 @@ def iperf3_server():
     """A server in the namespace; it listens when this is entered."""
     words = ["iperf3", "--server", "--forceflush"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
-        assert any("listening" in line for line in iter(server.stdout.readline, ""))
-        yield
-        server.kill()
+        try:
+            assert any("listening" in line for line in iter(server.stdout.readline, ""))
+            yield
+        finally:
+            server.kill()
 
 
 def iperf3_from_the_guest(shell, address):
     """Both ways, to a server of the host."""
     for way in ("", "--reverse"):
-        assert "iperf Done" in shell.run(f"iperf3 --client {address} {way} --time 2", timeout=120)
+        assert "iperf Done" in shell.run(f"iperf3 --client {address} {way} --time 2")
 
 
 def iperf3_to_the_guest(shell, port):
@@ -166,7 +175,7 @@ def iperf3_to_the_guest(shell, port):
     assert shell.run("until grep -q listening /tmp/iperf3; do busybox usleep 100000; done; echo on") == "on"
     for way in ([], ["--reverse"]):
         words = ["iperf3", "--client", "127.0.0.1", "--port", str(port), *way, "--time", "2"]
-        said = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        said = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
         assert "iperf Done" in said.stdout, said.stdout + said.stderr
 
 
@@ -181,13 +190,13 @@ def test_a_tap(tap, boot, tmp_path, virtio):
     assert shell.run("cat /sys/class/net/eth0/address") == "52:54:00:12:34:56"
     with dhcp_server(tmp_path, tap):
         assert take_a_lease(shell) == ["10.9.0.2", "10.9.0.1"]
-    assert " 0% packet loss" in shell.run("busybox ping -c 3 10.9.0.1")
+    assert is_reached(shell, "10.9.0.1")
     with files("10.9.0.1", content) as port:
         move_a_file_each_way(shell, "10.9.0.1", port, content)
     with iperf3_server():
         iperf3_from_the_guest(shell, "10.9.0.1")
     ip("link", "delete", tap)  # the guest learns that its cable is out, and lives
-    assert shell.run("busybox ping -c 1 -W 1 10.9.0.1 >/dev/null; echo alive", timeout=60) == "alive"
+    assert shell.run("busybox ping -c 1 -W 1 10.9.0.1 >/dev/null; echo alive") == "alive"
 
 
 def test_user_networking_and_what_is_captured(uplink, boot, tmp_path):
@@ -197,12 +206,15 @@ def test_user_networking_and_what_is_captured(uplink, boot, tmp_path):
     shell = rooted(boot, nets=[f"user,forward=18080:80,forward=15201:{IPERF3_PORT},pcap={capture}"])
     address, router = take_a_lease(shell)
     assert (address, router) == ("192.0.2.5", "192.0.2.1")  # the host's own
-    assert " 0% packet loss" in shell.run(f"busybox ping -c 2 {router}", timeout=60)
+    assert is_reached(shell, router)
     with files("127.0.0.1", content) as port:  # which the router's address leads to
         move_a_file_each_way(shell, router, port, content)
     shell.run("mkdir /tmp/www; echo from the guest > /tmp/www/index.html; busybox httpd -h /tmp/www")
     fetched = subprocess.run(
-        ["busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:18080/"], capture_output=True, check=True, timeout=60
+        ["busybox", "wget", "-q", "-O", "-", "http://127.0.0.1:18080/"],
+        capture_output=True,
+        check=True,
+        timeout=COMMAND_SECONDS,
     )
     assert fetched.stdout == b"from the guest\n"
     data = capture.read_bytes()
@@ -219,6 +231,6 @@ def test_two_guests_talk_over_a_link(boot, tmp_path, monkeypatch):
     two = rooted(boot, nets=["link=lab"])
     for number, shell in ((1, one), (2, two)):
         shell.run(f"ip addr add 10.8.0.{number}/24 dev eth0; ip link set eth0 up")
-    assert " 0% packet loss" in one.run("busybox ping -c 3 10.8.0.2", timeout=60)
+    assert is_reached(one, "10.8.0.2")
     two.run("mkdir /tmp/w; echo over the link > /tmp/w/f; busybox httpd -h /tmp/w")
-    assert one.run("busybox wget -q -O - http://10.8.0.2/f", timeout=60) == "over the link"
+    assert one.run("busybox wget -q -O - http://10.8.0.2/f") == "over the link"

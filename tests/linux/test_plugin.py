@@ -120,7 +120,7 @@ def test_loses_what_was_not_flushed(machine, guest_disk):
     print(result.stdout.str())
     result.assert_outcomes(passed=3, failed=2)
     said = result.stdout.str()
-    assert "GuestFailed: the guest hangs: no sign of progress for 1" in said
+    assert "GuestFailed: the guest hangs: no sign of progress for " in said
     assert "GuestFailed: the guest's kernel reports: BUG: of a driver" in said
 
 
@@ -135,7 +135,7 @@ pytestmark = pytest.mark.guest(kernel="tiny", ram_mib=96)
 @pytest.mark.parametrize("number", range(2))
 def test_pings(guest_network, number, request):
     a, b = guest_network.machine("a"), guest_network.machine("b")
-    assert a.run(f"ping -c 1 -W 20 {b.address}").returncode == 0
+    assert any(a.run(f"ping -c 1 -W 20 {b.address}").returncode == 0 for attempt in range(5))
     guest_network.drop(1.0, src="a")
     assert a.run(f"ping -c 1 -W 1 {b.address}").returncode != 0
     pool = request.config.stash[SESSION].pool

@@ -35,21 +35,26 @@ def shells(network):
             machine.close()
 
 
-def pings(shell, target, count=3):
-    """Return how many of so many pings were answered."""
-    said = shell.run(f"ping -c {count} -i 0.2 -W 1 {target}")
+def pings(shell, target, count=3, seconds=1):
+    """Return how many of so many pings were answered; `seconds` is how long the last answer may take."""
+    said = shell.run(f"ping -c {count} -i 0.2 -W {seconds} {target}")
     return int(re.search(r"(\d+) packets received", said)[1])
+
+
+def is_reached(shell, target):
+    """Whether all pings are answered; one that a busy host holds back for long is lost."""
+    return any(pings(shell, target, seconds=30) == 3 for _attempt in range(5))
 
 
 def test_two_guests_on_a_switch(network, shells):
     one, two = shells
-    assert pings(one, "10.7.0.2") == 3
+    assert is_reached(one, "10.7.0.2")
 
     network.partition(["one"], ["two"])
     assert pings(one, "10.7.0.2") == 0
     assert pings(two, "10.7.0.1") == 0
     network.heal()
-    assert pings(one, "10.7.0.2") == 3
+    assert is_reached(one, "10.7.0.2")
 
     size = 1 << 18
     two.run(f"mkdir /tmp/w; head -c {size} /dev/urandom > /tmp/w/f; httpd -h /tmp/w")
@@ -61,7 +66,7 @@ def test_two_guests_on_a_switch(network, shells):
         network.reorder(0.1, within=0.01),
         network.delay(0.001, jitter=0.002),
     )
-    got = one.run("wget -q -O /tmp/got http://10.7.0.2/f; wc -c < /tmp/got; md5sum < /tmp/got", timeout=60).split()
+    got = one.run("wget -q -O /tmp/got http://10.7.0.2/f; wc -c < /tmp/got; md5sum < /tmp/got").split()
     assert got[:2] == [str(size), expected]
     assert all(fault.hits for fault in faults)
     network.heal()
