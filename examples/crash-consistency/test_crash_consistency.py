@@ -159,5 +159,6 @@ def test_a_flush_that_lies_is_caught(machine, guest_disk, tmp_path):
     work.go_on(5)
     done = work.done
     wrong = judge(guest_disk.image.after_cut(keep="flushed"), done, tmp_path / "cut")
-    assert wrong == [f"file {number} is lost" for number in sorted(range(1, done + 1), key=lambda one: one % FILES)]
+    promised = range(max(done - FILES, 0) + 1, done + 1)  # later ones may have taken the names of the first
+    assert wrong == [f"file {number} is lost" for number in sorted(promised, key=lambda one: one % FILES)]
     assert {hit.kind for hit in guest_disk.hits} == {"lying-flush"}

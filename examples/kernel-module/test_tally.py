@@ -59,7 +59,7 @@ def test_each_test_finds_the_module_as_it_was(machine):
 
 def test_nothing_is_lost_between_two_cpus(machine):
     processes = [machine.popen([TALLY, "add", "1", "20000"]) for _ in range(2)]
-    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
     assert use(machine, "read") == (0, "40000")
 
 

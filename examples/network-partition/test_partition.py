@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PATIENCE = 120
+PATIENCE = 240
 """Seconds that nodes have to agree. A host that is fast needs one or two."""
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
@@ -30,7 +30,7 @@ class Node:
         self.guest = network.machine(name, share=HERE, setup=start)
         self.address = self.guest.address
 
-    def ask(self, what, node=None, *, patience=5):
+    def ask(self, what, node=None, *, patience=50):
         """Be a client beside this node: return what `node`, by default this one, answers; None when it does not."""
         address = "127.0.0.1" if node is None else node.address
         done = self.guest.run(["timeout", str(patience), "wget", "-q", "-O", "-", f"http://{address}/cgi-bin/{what}"])
