@@ -317,7 +317,7 @@ def stands_still(machine):
 @pytest.mark.parametrize("where", ["here", "there"])
 def test_whoever_knows_where_it_is_says_so(tmp_path, monkeypatch, where):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr("hypervisor.migration.source.migrate", partial(migrate, downtime=DOWNTIME))
+    monkeypatch.setattr("hypervisor.migration.source.migrate", migrate)
     impatient(monkeypatch, 1)
     listener, hold = Listener("tcp:127.0.0.1:0"), threading.Event()
     thread = threading.Thread(target=vanish, args=(listener, hold.wait))
@@ -332,7 +332,7 @@ def test_whoever_knows_where_it_is_says_so(tmp_path, monkeypatch, where):
         machine.publish("web")
         machine.start()
         assert hv("settle", "web", "--here")[0] == 3, "it is here"
-        status, said = hv("send", "web", listener.address)
+        status, said = hv("send", "web", listener.address, "--downtime", str(1000 * DOWNTIME))
         assert status == 3
         assert "nobody knows" in said
         assert "hv migrate settle" in said
