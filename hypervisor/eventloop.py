@@ -55,9 +55,10 @@ class EventLoop:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread = threading.Thread(target=self._run, name="hv-loop", daemon=True)
-        self._thread.start()
+        """Start the thread, unless it has been; what it has been given to do until then is not lost."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hv-loop", daemon=True)
+            self._thread.start()
 
     def close(self) -> None:
         """End the thread and free the descriptors. Does not close files that were watched."""

@@ -242,14 +242,15 @@ class Machine(Moments, Observed):
         self._clock = Clock(self.vcpus[0].handle.tsc_khz())
         if self._recording is not None:
             self._recording.begin(self._exits())
-        self.loop.start()
         if self._origin is not None and self._virtio is not None:
+            self.loop.start()
             self.loop.run(self._virtio.resume)
         if self._is_copy:
             self._become_another()
         with self._still:  # `end_wholly` waits for all of them or none
             for vcpu in self.vcpus:
                 vcpu.start()
+            self.loop.start()  # last: it takes as long as all that a vCPU needs to its first instruction
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the end of the run and return how it came.

@@ -81,6 +81,24 @@ def test_the_last_deadline_counts(loop):
     assert fired == [1]
 
 
+def test_what_it_was_given_before_its_start_is_done_then(faults):
+    loop = EventLoop(on_fault=faults.append)
+    ours, theirs = os.pipe()
+    done = []
+    loop.watch(ours, lambda: (done.append("watch"), os.read(ours, 1)))
+    loop.alarm(lambda: done.append("alarm")).set(time.monotonic_ns())
+    loop.call_soon(lambda: done.append("soon"))
+    os.write(theirs, b"x")
+    loop.start()
+    loop.start()  # once more is once
+    wait_for(lambda: len(done) == 3)
+    assert sorted(done) == ["alarm", "soon", "watch"]
+    assert [thread.name for thread in threading.enumerate()].count("hv-loop") == 1
+    loop.close()
+    os.close(ours)
+    os.close(theirs)
+
+
 def test_call_soon_runs_on_the_loops_thread(loop):
     names = []
     done = threading.Event()
