@@ -15,6 +15,7 @@ import time
 import images
 import pytest
 from guest_code import EXIT_WITH
+from waiting import until
 
 from hypervisor.errors import VmmError
 from hypervisor.host import Kind, quick_kind
@@ -195,13 +196,6 @@ def test_a_reader_that_goes_away_ends_the_run_quietly(image):
 def rss_kib(pid):
     with open(f"/proc/{pid}/status") as file:
         return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
-
-
-def until(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def bytes_in(pipe):

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.request
 from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 from hypervisor.control import folder_of_machines
 from hypervisor.errors import ConfigError
@@ -89,16 +89,6 @@ def run(tmp_path):
         process.stderr.close()
 
 
-def until(condition, what=lambda: ""):
-    """Wait until `condition` is true, and return what it gave."""
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"waited in vain: {what()}")
-
-
 class Terminal:
     """A terminal of tmux in which a shell command runs."""
 
@@ -124,7 +114,7 @@ class Terminal:
 
     def shows(self, pattern):
         """Wait until the screen shows what a regular expression finds, and return its match."""
-        return until(lambda: re.search(pattern, self.screen(), re.MULTILINE), self.screen)
+        return until(lambda: re.search(pattern, self.screen(), re.MULTILINE), what=self.screen)
 
     def selected(self):
         return next((line.split()[1] for line in self.lines() if line.startswith(">")), None)
@@ -161,7 +151,7 @@ def test_a_terminal_shows_machines_and_their_exits(run, terminal):
     assert screen.shows(r"hv top   (\d) machines")[1] == "2"
     assert screen.lines()[1].split()[-2:] == ["LAST", "MINUTE"]
     screen.press("Down")
-    until(lambda: screen.selected() == "spinner", screen.screen)
+    until(lambda: screen.selected() == "spinner", what=screen.screen)
     screen.press("Up", "Enter")
     screen.shows(r"\A reader   reader.bin, 1 vCPU, pid \d+, up \d")
     screen.shows(r"^> io +rtc +DATA +in 1 +[1-9][\d.k]* +[\d.]+ [num]+s +[\d.]+ [num]*s +\d+%")
@@ -197,7 +187,10 @@ def test_a_larger_terminal_has_all_columns_and_a_smaller_one_stays_whole(run, te
     screen.shows(r"^> io .* [█▇]$")
     for width, height in ((40, 10), (20, 5), (80, 24)):
         screen.resize(width, height)
-        until(lambda: (lines := screen.lines()) and len(lines) == height and lines[-1][:7] == " s sort", screen.screen)  # noqa: B023
+        until(
+            lambda: (lines := screen.lines()) and len(lines) == height and lines[-1][:7] == " s sort",  # noqa: B023
+            what=screen.screen,
+        )
         assert all(len(line) <= width for line in screen.lines())
     screen.press("q")
     screen.shows(RESTORED.format(0))
@@ -258,7 +251,7 @@ def test_ctrl_z_gives_the_terminal_to_the_shell_until_it_goes_on(terminal):
     screen.shows(r"No machine runs")
     child = child_of(screen)
     screen.press("C-z")
-    until(lambda: Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T", screen.screen)
+    until(lambda: Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T", what=screen.screen)
     screen.shows(r"\Abefore$")
     assert "hv top" not in screen.screen()
     os.kill(int(child), signal.SIGCONT)
@@ -406,7 +399,7 @@ def test_a_machine_is_published_only_when_it_is_asked_for(machine_of, runtime):
     with pytest.raises(ConfigError, match="known as 'web' already"):
         machine.publish("other")
     machine.start()
-    until(lambda: machine.exits.pio("rtc").count == 1000)
+    until(lambda: machine.exits.pio("rtc").latency.count == 1000)  # a time is noted behind its handler
     answer = ask("web", "exits")
     (row,) = (row for row in answer["exits"] if row["device"] == "rtc")
     mine = machine.exits.pio("rtc")
@@ -516,7 +509,7 @@ def test_metrics_agree_with_what_the_machine_says(machine_of, tmp_path):
     server = MetricsServer(machine.profile, f"unix={tmp_path}/m")
     machine.start()
     server.start()
-    until(lambda: machine.exits.pio("rtc").count == 1000)
+    until(lambda: machine.exits.pio("rtc").latency.count == 1000)  # a time is noted behind its handler
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{tmp_path}/m")
         client.send(b"GET /metrics HTTP/1.0\r\n\r\n")

@@ -15,6 +15,7 @@ from functools import partial
 
 import pytest
 from guest_code import loads, outs
+from waiting import until
 
 from hypervisor.errors import HostError
 from hypervisor.host import Kind, quick_kind
@@ -210,13 +211,6 @@ def traces():
     return found
 
 
-def wait_until(test, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not test() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert test()
-
-
 def test_nothing_is_left_when_it_is_closed(traced):
     for _ in range(2):  # what is imported and allocated once
         KernelExits.open(2)[0].close()
@@ -228,7 +222,7 @@ def test_nothing_is_left_when_it_is_closed(traced):
         with open("/proc/self/maps") as maps:
             assert "bpf-map" in maps.read()
     assert kernel.read() == []
-    wait_until(lambda: not ours & programs())
+    until(lambda: not ours & programs())
     assert (traces(), sorted(os.listdir("/proc/self/fd"))) == (before[0], before[2])
     with open("/proc/self/maps") as maps:
         assert "bpf-map" not in maps.read()
@@ -245,7 +239,7 @@ def test_nothing_is_left_of_a_process_that_was_killed(traced):
         ours = programs() - before[1]
         assert len(ours) == 2
         child.send_signal(signal.SIGKILL)
-    wait_until(lambda: not ours & programs())
+    until(lambda: not ours & programs())
     assert traces() == before[0]
 
 

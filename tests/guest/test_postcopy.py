@@ -7,16 +7,16 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from struct import pack
 
 import pytest
 from test_journal import FOREVER, content, done_in, journal, last_of, new_disk, what_is_wrong
+from test_migration import migrate
+from waiting import until
 
 from hypervisor import Machine, MachineConfig
 from hypervisor.errors import ConfigError, VmmError
-from hypervisor.migration.source import migrate as _migrate
 from hypervisor.migration.wire import Kind, MigrationError, Tls, connect
 from hypervisor.outcome import Stop
 from hypervisor.pageserver import PageServer
@@ -25,8 +25,6 @@ from hypervisor.profile.live_client import request
 pytestmark = pytest.mark.kvm
 
 TIMEOUT = 120
-migrate = partial(_migrate, seconds=TIMEOUT)
-"""A target on a busy host may be silent for a while, and is not gone."""
 MOVE = {"postcopy": True, "most_rounds": 1, "downtime": 0.030001}
 """What does not converge."""
 ASKED = 5
@@ -145,10 +143,7 @@ def test_a_disk_works_while_pages_are_missing(tmp_path, monkeypatch):
             result = migrate(machine, address, **MOVE)
             said = machine.console.output
         assert process.stdout.readline() == b"mine\n"
-        deadline = time.monotonic() + TIMEOUT
-        while last_of(disk.read_bytes()) <= done_in(said):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: last_of(disk.read_bytes()) > done_in(said))
     assert result.late == machine.memory.size // 4096
     image = content(tmp_path / "copy", disk.read_bytes())
     assert what_is_wrong(image, done_in(said) + 1) is None
@@ -214,10 +209,7 @@ def test_a_source_that_is_lost_on_the_way_takes_the_guest_with_it(tmp_path, sent
 
 def wait_until_it_waits(pid):
     """Until the main thread sleeps outside of any system call: in a page fault."""
-    deadline = time.monotonic() + TIMEOUT
-    while not Path(f"/proc/{pid}/syscall").read_text().startswith("-1 "):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("-1 "))
 
 
 def test_a_thread_that_waits_for_a_page_is_not_told_but_the_process_ends(tmp_path):
@@ -312,11 +304,8 @@ def test_hv_migrate_with_everything(tmp_path):
 
 
 def wait_until_listening(path):
-    deadline = time.monotonic() + TIMEOUT
     listens = re.compile(rf" 00010000 .* {re.escape(path)}$", re.MULTILINE)  # __SO_ACCEPTCON
-    while not listens.search(Path("/proc/net/unix").read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: listens.search(Path("/proc/net/unix").read_text()))
 
 
 def wait_until_known(name):

@@ -6,6 +6,7 @@ import time
 import pytest
 from guest_root import root_disk
 from linux_shell import BOOT_SECONDS, COMMAND_SECONDS, QUIET
+from waiting import until
 
 from hypervisor import Machine, MachineConfig
 from hypervisor.initramfs import build
@@ -158,7 +159,4 @@ def test_a_guest_that_was_saved_and_restored(guest, tmp_path):
         again.refresh(entropy=os.urandom(32), hostname="copy")
         assert again.run("hostname").stdout == "copy\n"
         again.resync(keep=False)
-        deadline = time.monotonic() + COMMAND_SECONDS
-        while "echo never" in again.run("ps").stdout:  # until the processes have died of their signal
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        until(lambda: "echo never" not in again.run("ps").stdout, COMMAND_SECONDS)  # they have died of their signal

@@ -3,11 +3,11 @@
 import os
 import socket
 import threading
-import time
 
 import pytest
 from guest_root import SHELL, root_disk
 from linux_shell import COMMAND_SECONDS, QUIET
+from waiting import until
 
 pytestmark = pytest.mark.hardware
 
@@ -158,17 +158,10 @@ def balloon(shell):
     shell.run("busybox mount -t tmpfs t /mnt; dd if=/dev/urandom of=/mnt/f bs=1M count=150 2>/dev/null")
     filled = resident_mib()
     shell.run("rm /mnt/f")
-    wait_for(lambda: resident_mib() < filled - 100)  # by free page reporting
+    until(lambda: resident_mib() < filled - 100, COMMAND_SECONDS)  # by free page reporting
     shell.machine.balloon.set_target(200)
-    wait_for(lambda: shell.machine.balloon.actual_mib == 200)
+    until(lambda: shell.machine.balloon.actual_mib == 200, COMMAND_SECONDS)
     assert int(shell.run("free -m | awk '/^Mem/ {print $4}'")) < 512 - 200
     shell.machine.balloon.set_target(0)
-    wait_for(lambda: shell.machine.balloon.actual_mib == 0)
+    until(lambda: shell.machine.balloon.actual_mib == 0, COMMAND_SECONDS)
     assert shell.machine.balloon.statistics["total"] > 400 * MIB
-
-
-def wait_for(condition, seconds=COMMAND_SECONDS):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)

@@ -42,8 +42,8 @@ def pings(shell, target, count=3, seconds=1):
 
 
 def is_reached(shell, target):
-    """Whether all pings are answered; one that a busy host holds back for long is lost."""
-    return any(pings(shell, target, seconds=30) == 3 for _attempt in range(5))
+    """Whether all pings are answered; a busy host has half a minute for the last."""
+    return pings(shell, target, seconds=30) == 3
 
 
 def test_two_guests_on_a_switch(network, shells):

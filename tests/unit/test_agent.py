@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from agent_driver import agent_process, connected
+from waiting import until
 
 from hypervisor.errors import ConfigError
 from hypervisor.testing import (
@@ -144,7 +145,7 @@ def test_a_timeout_kills_the_process_group_and_tells_what_ran(agent):
     assert isinstance(caught.value, TimeoutError)
     assert isinstance(caught.value, AgentError)
     group = int(caught.value.stdout.split()[-1])
-    wait_for(lambda: not living(group))
+    until(lambda: not living(group))
 
 
 def test_an_output_limit(agent):
@@ -196,7 +197,7 @@ def test_no_more_than_the_agent_can(agent):
             stack.enter_context(agent.popen("sleep 1000"))
         with pytest.raises(AgentError, match="32 commands run in the guest already"):
             agent.run("true")
-    wait_for(lambda: not agent._session._running)  # they have been killed, which takes its time
+    until(lambda: not agent._session._running)  # they have been killed, which takes its time
     assert agent.run("echo on").stdout == "on\n"
 
 
@@ -242,8 +243,8 @@ def test_leaving_a_process_kills_it_and_closing_does_not(agent, tmp_path):
     process = agent.popen(f"echo $$; sleep 0.2; echo alive > {tmp_path}/mark")
     process.stdout.readline()
     process.close()
-    wait_for((tmp_path / "mark").exists)
-    wait_for(lambda: not living(left))
+    until((tmp_path / "mark").exists)
+    until(lambda: not living(left))
 
 
 def test_a_slow_reader_stops_the_writer_and_costs_no_memory(agent):
@@ -271,13 +272,6 @@ def living(group):
             if int(its_group) == group and state not in "ZX":
                 found.append(folder)
     return found
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -398,7 +392,7 @@ def is_running(program):
 def test_a_running_program_can_be_replaced(agent, tmp_path):
     agent.copy_in("/bin/sleep", f"{tmp_path}/tool")
     with agent.popen([f"{tmp_path}/tool", "1000"]) as process:
-        wait_for(lambda: is_running(f"{tmp_path}/tool"))
+        until(lambda: is_running(f"{tmp_path}/tool"))
         agent.copy_in("/bin/sleep", f"{tmp_path}/tool")
         agent.put(b"new", f"{tmp_path}/tool")
         assert process.poll() is None
@@ -462,7 +456,7 @@ def test_a_new_conversation_ends_the_calls_of_the_old_one():
         assert living(number)
         assert agent.run("echo on").stdout == "on\n"
         agent.resync(keep=False)
-        wait_for(lambda: not living(number))
+        until(lambda: not living(number))
 
 
 def test_what_was_kept_is_drained_and_its_places_come_back():
@@ -471,7 +465,7 @@ def test_what_was_kept_is_drained_and_its_places_come_back():
             for _ in range(20):
                 agent.popen("head -c 1000000 /dev/zero")
             agent.resync(keep=True)
-            wait_for(lambda: agent.run("echo on").stdout == "on\n")
+            until(lambda: agent.run("echo on").stdout == "on\n")
 
 
 def test_an_agent_that_dies():
@@ -498,7 +492,7 @@ def test_the_host_breaks_a_conversation_off_and_begins_another():
         assert agent.received >= before + len("some output")
 
         def abort():
-            wait_for(lambda: agent._session._running)
+            until(lambda: agent._session._running)
             agent.abort("the guest has panicked")
 
         thread = threading.Thread(target=abort)

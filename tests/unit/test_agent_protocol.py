@@ -25,6 +25,7 @@ from agent_driver import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import until
 
 from hypervisor.testing import Agent
 from hypervisor.testing.protocol import FrameReader, ProtocolError
@@ -211,7 +212,7 @@ def test_places_of_processes_that_nobody_waits_for(line):
         assert end in {(EXIT, 0, 0), (FAILED, 0, errno.EAGAIN)}
         return end[0] == EXIT
 
-    wait_for(starts)  # they have been killed, which takes its time
+    until(starts)  # they have been killed, which takes its time
 
 
 # --- the host against any agent --------------------------------------------------------------------------------------
@@ -261,17 +262,10 @@ def calling(fake, call):
     before = len(fake.sent)
     thread = threading.Thread(target=work)
     thread.start()
-    wait_for(lambda: len(fake.sent) > before)
+    until(lambda: len(fake.sent) > before)
     yield result
     thread.join(60)
     assert not thread.is_alive()
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def greeted(fake):
@@ -298,7 +292,7 @@ def test_an_agent_that_begins_is_greeted_again(fake):
     with calling(fake, lambda: agent.ready(60)):
         first = fake.sent[0]
         fake.on_data(WELCOME + bytes(16) + struct.pack("<IIII", 1, 1 << 18, 65536, 32))
-        wait_for(lambda: len(fake.sent) == 2)
+        until(lambda: len(fake.sent) == 2)
         assert fake.sent[1][:16] == HELLO
         assert fake.sent[1][16:32] != first[16:32]
         fake.on_data(WELCOME + first[16:32] + struct.pack("<IIII", 1, 1 << 18, 65536, 32))  # too late

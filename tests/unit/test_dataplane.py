@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_virtqueue import BAD
 from virtio_driver import F_EVENT_IDX, F_IN_ORDER, F_INDIRECT, INDIRECT, LOW, WRITE, Driver, FakeRam, FakeSignal
+from waiting import until
 
 from devices.backends.raw import RawImage
 from devices.events import EventLog
@@ -115,13 +116,6 @@ def wait_until_idle(thread):
                 return
         assert time.monotonic() < end
         time.sleep(0.0005)
-
-
-def wait_for(condition):
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 class Disk:
@@ -312,7 +306,7 @@ def test_a_disk_that_broke_in_one_queue_answers_nothing_in_another(tmp_path):
     assert len(ask(SECONDS)) == 1
     driver.queues[0].publish(idx=1000)
     runner.kick(0)
-    wait_for(lambda: driver.transport.status & 64)  # DEVICE_NEEDS_RESET
+    until(lambda: driver.transport.status & 64)  # DEVICE_NEEDS_RESET
     assert at_rest.wait(SECONDS)
     assert ask(2) == []
     runner.stop()
@@ -345,7 +339,7 @@ def test_a_kick_ends_a_sleep(disk):
     thread.start()
     head, _ = disk.request(IN, 0, room=SECTOR, cuts=(SECTOR,))
     os.eventfd_write(disk.kick_fd, 1)
-    wait_for(lambda: disk.driver.signals[0].count)
+    until(lambda: disk.driver.signals[0].count)
     disk.path.stop()
     thread.join(SECONDS)
     assert disk.driver.queues[0].collect() == [(head, SECTOR + 1)]
@@ -648,7 +642,7 @@ def test_a_frame_that_finds_too_few_buffers_waits_for_more(interface, size):
     _, target = interface.give(1600)
     assert interface.wait(RX, 1)[0][1] == HEADER + 60
     assert interface.ram.read(target + HEADER, 60) == b"y" * 60
-    wait_for(lambda: interface.path.requests == 2)  # it is counted once it is there
+    until(lambda: interface.path.requests == 2)  # it is counted once it is there
     assert interface.path.drops == 0
 
 

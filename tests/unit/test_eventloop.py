@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from waiting import until
 
 from hypervisor.eventloop import EventLoop
 
@@ -21,13 +22,6 @@ def loop(faults):
     loop.start()
     yield loop
     loop.close()
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_a_readable_file_calls_back(loop):
@@ -57,7 +51,7 @@ def test_an_alarm_fires_once_and_not_before_its_time(loop):
     alarm = loop.alarm(lambda: fired.append(time.monotonic_ns()))
     deadline = time.monotonic_ns() + 20_000_000
     alarm.set(deadline)
-    wait_for(lambda: fired)
+    until(lambda: fired)
     time.sleep(0.1)
     assert len(fired) == 1
     assert fired[0] >= deadline
@@ -76,7 +70,7 @@ def test_the_last_deadline_counts(loop):
     assert fired == []
     alarm.set(time.monotonic_ns() + 60_000_000_000)
     alarm.set(time.monotonic_ns())
-    wait_for(lambda: fired)
+    until(lambda: fired)
     time.sleep(0.05)
     assert fired == [1]
 
@@ -91,7 +85,7 @@ def test_what_it_was_given_before_its_start_is_done_then(faults):
     os.write(theirs, b"x")
     loop.start()
     loop.start()  # once more is once
-    wait_for(lambda: len(done) == 3)
+    until(lambda: len(done) == 3)
     assert sorted(done) == ["alarm", "soon", "watch"]
     assert [thread.name for thread in threading.enumerate()].count("hv-loop") == 1
     loop.close()
