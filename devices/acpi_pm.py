@@ -115,7 +115,8 @@ class AcpiPm:
         if written & _SLP_EN << 32:
             self._sleep(self._control >> 10 & 7)
 
-    def register_name(self, offset: int, *, write: bool) -> str:
+    @staticmethod
+    def register_name(offset: int, *, write: bool) -> str:
         """Return the specification's name of a register."""
         return register_of(Reg, offset, write=write, width=4 if offset >= _TIMER else 2)
 

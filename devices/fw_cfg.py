@@ -101,7 +101,8 @@ class FwCfg:
         if offset == _SELECTOR and size == 2:
             self._select(value & ~_WRITE_CHANNEL)
 
-    def register_name(self, offset: int, *, write: bool) -> str:
+    @staticmethod
+    def register_name(offset: int, *, write: bool) -> str:
         """Return the name of the port at `offset`."""
         return register_of(Reg, offset, write=write)
 

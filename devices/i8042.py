@@ -172,7 +172,8 @@ class I8042:
         elif offset == _COMMAND:
             self._write_command(value & 0xFF)
 
-    def register_name(self, offset: int, *, write: bool) -> str:
+    @staticmethod
+    def register_name(offset: int, *, write: bool) -> str:
         """Return the name of the port at `offset`."""
         return register_of(Reg, offset, write=write)
 

@@ -536,7 +536,8 @@ class PciConfigPorts:
             if starts:
                 self._on_reset()
 
-    def register_name(self, offset: int, *, write: bool) -> str:
+    @staticmethod
+    def register_name(offset: int, *, write: bool) -> str:
         """Return the name of the register at `offset`: that of the ports, not of what CONFIG_ADDRESS chose."""
         return register_of(Reg, offset if offset == _RESET_CONTROL else offset & ~3, write=write)
 

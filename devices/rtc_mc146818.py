@@ -217,7 +217,8 @@ class RtcMc146818:
         else:
             self._write_data(self._index, value)
 
-    def register_name(self, offset: int, *, write: bool) -> str:
+    @staticmethod
+    def register_name(offset: int, *, write: bool) -> str:
         """Return the name of the port at `offset`: which register was selected when, nobody knows afterwards."""
         return register_of(Port, offset, write=write)
 

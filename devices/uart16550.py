@@ -270,7 +270,8 @@ class Uart16550:
         for lane in range(min(size, _REGISTERS - offset)):
             self._active_writes[offset + lane](value >> 8 * lane & 0xFF)
 
-    def register_name(self, offset: int, *, write: bool) -> str:
+    @staticmethod
+    def register_name(offset: int, *, write: bool) -> str:
         """Return the data sheet's name of a register, with DLAB=0."""
         return register_of(Reg, offset, write=write)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from devices.acpi_pm import AcpiPm
     from devices.fw_cfg import FwCfg
     from devices.i8042 import I8042
-    from devices.pci import PciConfigPorts, PciEcam
+    from devices.pci import PciBus, PciConfigPorts, PciEcam
     from devices.ports import NamedRegisters
     from devices.rtc_mc146818 import RtcMc146818
     from devices.uart16550 import Uart16550
@@ -99,9 +99,17 @@ class LazyDevice(Generic[D]):
         views: others that lead to the same device, and lose it with this one.
     """
 
-    def __init__(self, make: Callable[[], D], offset: int = 0) -> None:
-        """Call `make` for the device; this claim's first address is the device's `offset`."""
+    def __init__(self, make: Callable[[], D], names: Callable[[], object], offset: int = 0) -> None:
+        """Wait for the guest.
+
+        Args:
+            make: makes the device.
+            names: returns what has the names of its registers whether it is made or not (`devices.ports`), without a
+                trace on the machine: the guest may be in its first access, or a reset have taken the device away.
+            offset: this claim's first address is the device's `offset`.
+        """
         self._make = make
+        self._names = names
         self._offset = offset
         self._device: D | None = None
         self.claim: Claim | None = None
@@ -161,16 +169,12 @@ class LazyDevice(Generic[D]):
         self.device.write(self._offset + offset, size, value)
 
     def register_name(self, offset: int, *, write: bool) -> str:
-        """Return the device's name of a register; its offset, as long as the device is not made.
-
-        Asking does not make it: a UART would publish its LSR, a timer begin to count, and the guest could tell. No
-        access has come to it yet, so nobody who reports one asks.
-        """
-        return name_in(self._device, self._offset + offset, write=write)
+        """Return the device's name of a register. Asking does not make the device: the guest could tell."""
+        return name_in(self._names(), self._offset + offset, write=write)
 
     def inner(self, offset: int) -> tuple[str, NamedRegisters, int] | None:
-        """Return who is at `offset` if the device is a window, and made."""
-        return inner_of(self._device, self._offset + offset)
+        """Return who is at `offset` if the device is a window."""
+        return inner_of(self._names(), self._offset + offset)
 
 
 class Part(NamedTuple):
@@ -229,11 +233,15 @@ class Pc:
     def _add_uart(self, irq: IrqInput | NoIrq, console: Console, ring: int, is_polled: Callable[[int], bool]) -> None:
         fast = PortFastPath(self._vm, layout.COM1, ring)
 
-        def make() -> Uart16550:
-            from devices.events import EventLog
+        def kind() -> type[Uart16550]:
             from devices.uart16550 import Uart16550
 
-            uart = Uart16550(irq=irq, sink=ConsoleSink(console), fast=fast, log=EventLog(device="uart0"))
+            return Uart16550
+
+        def make() -> Uart16550:
+            from devices.events import EventLog
+
+            uart = kind()(irq=irq, sink=ConsoleSink(console), fast=fast, log=EventLog(device="uart0"))
             uart.on_room = lambda: console.transfer(uart.receive)
             return uart
 
@@ -241,7 +249,7 @@ class Pc:
             fast.publish(UART_LSR, None)
             fast.divert(UART_THR, to_sink=False)
 
-        uart = LazyDevice(make)
+        uart = LazyDevice(make, kind)
         claim = uart.claim = self._ports.claim(layout.COM1, 8, uart, "uart0")
         uart.on_unmade = take_back
         self._add_part(claim, uart, irq)
@@ -270,24 +278,27 @@ class Pc:
         return alarm
 
     def _add_i8042(self, irq: IrqInput | NoIrq, on_reset: Callable[[], None]) -> None:
-        def make() -> I8042:
+        def kind() -> type[I8042]:
             from devices.i8042 import I8042
 
-            return I8042(on_reset, irq=irq)
+            return I8042
 
-        data = LazyDevice(make)
+        data = LazyDevice(lambda: kind()(on_reset, irq=irq), kind)
         # one device at two ports: the second view shares the first one's device and lock
-        command = LazyDevice(lambda: data.device, offset=layout.I8042_COMMAND - layout.I8042_DATA)
+        command = LazyDevice(lambda: data.device, kind, offset=layout.I8042_COMMAND - layout.I8042_DATA)
         data.views.append(command)
         claim = self._ports.claim(layout.I8042_DATA, 1, data, "i8042")
         self._ports.claim(layout.I8042_COMMAND, 1, command, "i8042", lock=claim.lock)
         self._add_part(claim, data, irq)
 
     def _add_rtc(self, irq: IrqInput | NoIrq, memory: GuestMemory) -> None:
-        def make() -> RtcMc146818:
+        def kind() -> type[RtcMc146818]:
             from devices.rtc_mc146818 import RtcMc146818
 
-            return RtcMc146818(
+            return RtcMc146818
+
+        def make() -> RtcMc146818:
+            return kind()(
                 irq=irq,
                 alarm=alarm,
                 now_ns=time.monotonic_ns,
@@ -296,49 +307,53 @@ class Pc:
                 ram_above_4g=sum(ram.size for ram in memory.ranges[1:]),
             )
 
-        rtc = LazyDevice(make)
+        rtc = LazyDevice(make, kind)
         claim = self._ports.claim(layout.RTC, 2, rtc, "rtc")
         alarm = self._alarm(claim, rtc)
         self._add_part(claim, rtc, irq)
 
     def _add_acpi(self, irq: IrqInput | NoIrq, on_power_off: Callable[[], None]) -> None:
-        def make() -> AcpiPm:
+        def kind() -> type[AcpiPm]:
             from devices.acpi_pm import AcpiPm
 
-            return AcpiPm(
+            return AcpiPm
+
+        def make() -> AcpiPm:
+            return kind()(
                 irq=irq,
                 alarm=alarm,
                 now_ns=time.monotonic_ns,
                 on_power_off=on_power_off,
             )
 
-        self._pm = LazyDevice(make)
+        self._pm = LazyDevice(make, kind)
         self._pm_claim = self._pm.claim = self._ports.claim(layout.PM1_EVENT, 12, self._pm, "acpi-pm")
         alarm = self._alarm(self._pm_claim, self._pm)
         self._add_part(self._pm_claim, self._pm, irq)
 
     def _add_fw_cfg(self, cpus: int, memory: GuestMemory) -> None:
-        def make() -> FwCfg:
+        def kind() -> type[FwCfg]:
             from devices.fw_cfg import FwCfg
 
-            return FwCfg(cpus=cpus, ram_bytes=memory.size, files={})
+            return FwCfg
 
-        fw_cfg = LazyDevice(make)
+        fw_cfg = LazyDevice(lambda: kind()(cpus=cpus, ram_bytes=memory.size, files={}), kind)
         self._add_part(self._ports.claim(layout.FW_CFG, 2, fw_cfg, "fw_cfg"), fw_cfg)
 
     def _add_pci(self, memory_bus: Bus, on_reset: Callable[[], None], virtio: VirtioBoard | None) -> None:
-        def make() -> PciConfigPorts:
+        def kind() -> type[PciConfigPorts]:
             from devices.pci import PciConfigPorts
 
-            return PciConfigPorts(None if virtio is None else virtio.pci, on_reset=on_reset)
+            return PciConfigPorts
 
-        def make_ecam() -> PciEcam:
-            from devices.pci import PciEcam
+        def ecam_of(bus: PciBus | None) -> PciEcam:
+            from devices.pci import PciBus, PciEcam
 
-            return PciEcam(pci.device.bus)
+            return PciEcam(PciBus() if bus is None else bus)
 
-        pci = LazyDevice(make)
-        ecam = LazyDevice(make_ecam)
+        bus = None if virtio is None else virtio.pci
+        pci = LazyDevice(lambda: kind()(bus, on_reset=on_reset), kind)
+        ecam = LazyDevice(lambda: ecam_of(pci.device.bus), lambda: ecam_of(bus))
         pci.views.append(ecam)
         lock = None if virtio is None else virtio.pci_lock
         claim = self._ports.claim(layout.PCI_CONFIG, 8, pci, "pci", lock=lock)

@@ -290,7 +290,32 @@ def test_input_on_both_sides_of_the_fifo(boards):
 
 def test_a_view_without_a_line(boards):
     NoIrq().forget()
-    lazy = LazyDevice(boards)
+    lazy = LazyDevice(boards, boards)
     lazy.unmake()
     assert not lazy.is_made
     assert lazy.state() is None
+
+
+def test_registers_have_their_names_whether_their_devices_are_made_or_not(boards):
+    """An exit is counted before its device is made, and what was counted stays when a reset takes the device away."""
+    board = boards()
+    ports = [*range(COM1, COM1 + 8)]
+    ports += [I8042_DATA, I8042_COMMAND, RTC, RTC + 1, *range(PM1, PM1 + 12), FW_CFG, PCI, PCI + 4]
+    places = [(board.ports, port) for port in ports] + [(board.memory_bus, ECAM), (board.memory_bus, ECAM + (1 << 15))]
+
+    def named():
+        return [bus.name_of(address, write=write) for bus, address in places for write in (False, True)]
+
+    untouched = board.pc.state()
+    first = named()
+    assert board.pc.state() == untouched
+    assert board.published == {0xE9: 0xE9}, "the debug console alone"
+    for bus, address in places:
+        bus.read(address, 1)
+    assert None not in board.pc.state().values()
+    assert named() == first
+    board.pc.load(untouched)
+    assert named() == first
+    assert ("uart0", "THR") in first
+    assert ("host-bridge", "config.VENDOR_ID") in first
+    assert {name for name in first if name[1].startswith("+")} == {("acpi-pm", "+0x6"), ("acpi-pm", "+0x7")}
