@@ -96,11 +96,14 @@ int hv_pager_register(struct hv_pager *pager)
     return ioctl(pager->uffd, UFFDIO_REGISTER, &all) ? -errno : 0;
 }
 
-/* Let memory be as any other is: who waits goes on, with zeroes where nothing is. */
+/* Let memory be as any other is: who waits goes on, with zeroes where nothing is. Linux wakes them just before it takes the
+ * memory off the userfaultfd, and since page faults take a lock per VMA (6.7), some come to wait in between: they are
+ * woken here. Nobody comes after that. */
 static void unregister(struct hv_pager *pager)
 {
     struct uffdio_range all = { pager->base, pager->pages * PAGE };
     ioctl(pager->uffd, UFFDIO_UNREGISTER, &all);
+    ioctl(pager->uffd, UFFDIO_WAKE, &all);
 }
 
 /* Wake who waits for a page that is there. */

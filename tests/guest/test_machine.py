@@ -46,7 +46,7 @@ def test_the_guests_own_status(machine_of, how, value, status):
 
 
 def test_what_is_where_has_a_name(machine_of):
-    """What the guest has touched has names, a device of the user's has its own, and what nobody has made its offset."""
+    """What the guest has touched has names, a device of the user's has its offset; none is made for it."""
     # mov dx,0x3fa; in al,dx; mov al,0; out 0xf4,al
     machine = machine_of(bytes.fromhex("bafa03 ec b000 e6f4"))
     machine.bus_pio.claim(0x5658, 4, Probe(), "dice")
@@ -56,7 +56,7 @@ def test_what_is_where_has_a_name(machine_of):
         0x3FA: ("uart0", "FCR"),
         0xF4: ("debug-exit", "EXIT"),
         0x5659: ("dice", "+0x1"),
-        0x71: ("rtc", "+0x1"),
+        0x71: ("rtc", "DATA"),
         0x80: None,
     }
 
