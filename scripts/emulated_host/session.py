@@ -32,6 +32,8 @@ QEMU 7.2 changes a CPU's pending interrupts in two threads at once when a nested
 fires: now and then the timer's interrupt is lost, and with it the only thing that would have woken Linux, or taken the
 CPU from a guest. It waits in the local APIC, and comes with any other interrupt.
 """
+MOST_UNANSWERED: Final = 300
+"""So many of these without an answer, and the machine is dead: its agent goes to each CPU before it answers."""
 TIMED_OUT: Final = 124
 FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -82,6 +84,7 @@ class Session:
             self._archive = None
         self._running = False
         self._next_beat = math.inf
+        self._unanswered = 0.0
         self._eof_told = False
         self._result: tuple[int, dict[str, int]] | None = None
         self._signalled = 0
@@ -170,6 +173,9 @@ class Session:
 
     def _on_line(self, words: list[str]) -> None:
         """Answer the agent."""
+        if words[0] == "alive":
+            self._unanswered = 0.0
+            return
         self._times.append((words[0], time.monotonic()))
         if words[0] == "ready":
             self._request()
@@ -179,6 +185,8 @@ class Session:
             self._running = True
             self._next_beat = time.monotonic()
             self._heard()
+        elif words[0] == "ended":
+            self._unanswered = -math.inf  # it is busy with the rest, for as long as that takes whoever reads it
         elif words[0] == "exit":
             status, stdout, stderr, files, tar = map(int, words[1:])
             if tar:
@@ -219,7 +227,10 @@ class Session:
     def _beat(self) -> None:
         """Send a word, if it is time to and the last one has gone."""
         if self._next_beat <= time.monotonic():
+            if self._unanswered >= MOST_UNANSWERED:
+                self._give_up(f"the emulated host has not answered for {MOST_UNANSWERED * BEAT_SECONDS:g} s")
             self._next_beat = time.monotonic() + BEAT_SECONDS
+            self._unanswered += 1
             if self._control.has_sent_all:
                 self._control.say("beat")
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 def native_host(options: dict[str, Any]) -> int:
     """Do what the program does once its image is ready, with the agent in QEMU's place."""
     cli._open_standard_streams()
+    session.MOST_UNANSWERED = options.get("unanswered", session.MOST_UNANSWERED)  # type: ignore[misc] # a test's
 
     def argv(ports: Mapping[str, int]) -> list[str]:
         if "broken" in options:
@@ -176,6 +177,22 @@ def test_a_command_that_falls_silent_is_given_up(stream):
     assert done.returncode == 124
     assert f"has printed nothing for {4 * pause:g} s".encode() in done.stderr
     assert b"six" in (done.stdout or done.stderr)
+
+
+def test_a_host_that_does_not_answer_is_given_up():
+    done = shell("kill -STOP $PPID; sleep 60", unanswered=20)
+    assert done.returncode == 124
+    assert b"the emulated host has not answered for 10 s" in done.stderr
+
+
+def test_a_host_is_not_dead_whose_rest_nobody_reads():
+    """20 beats are 10 s; the command has ended long before, and everything on the way from it is full."""
+    command = driver(["timeout", "1", "cat", "/dev/zero"], unanswered=20)
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        time.sleep(13)
+        assert process.stdout is not None
+        assert len(process.stdout.read()) > 0
+    assert process.returncode == 124  # what timeout(1) says
 
 
 # --- signals -----------------------------------------------------------------------------------------------------

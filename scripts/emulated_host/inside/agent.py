@@ -8,8 +8,9 @@ Every import costs twenty times what it costs outside, hence no json, no signal,
 
 From outside: `arg HEX`, `env HEX`, `cwd HEX`, `tty ROWS COLUMNS`, `split-stderr`, `files`, `go`; then, while the
 command runs, `size ROWS COLUMNS`, `signal NUMBER`, `eof TOTAL` (stdin ends after so many bytes), and `beat`, often.
-To outside: `ready`, `started`, then `exit STATUS STDOUT STDERR FILES TAR`: the command's status as a shell would have
-it, the bytes that were sent over the three ports, and tar's status.
+To outside: `ready`, `started`, `alive` after each beat, `ended`, and when the rest of the output has gone `exit STATUS
+STDOUT STDERR FILES TAR`: the command's status as a shell would have it, the bytes that were sent over the three ports,
+and tar's status.
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ class Agent:
                 pump.step()
             self._end_input()
             self._reap()
+        self._tell("ended")
         for name in ("stdout", "stderr"):
             self._send_rest(name)
         tar = self._send_files() if self._request.files else 0
@@ -187,6 +189,7 @@ class Agent:
                 self._signal(int(arguments[0]))
             elif word == "beat":
                 wake_all()
+                self._tell("alive")
             else:
                 self._request.take(word, arguments)
 
